@@ -1,0 +1,47 @@
+# Sets up .venv at first use, then runs. `make bench` and `make test` are all that a newcomer needs.
+#
+#   TORCH_INDEX=<address>   package index to take torch from (a CPU-only build is much smaller)
+#   PYTHON=python3.12       interpreter for the environment
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: bench test check clean
+
+bench: $(VENV)/installed
+	$(BIN)/fastattn bench --preset quickstart --out benchmarks/results/latest
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests
+
+# Lint, types, the bfloat16 dot-product kernels by emulation, and a wheel installed on its own.
+check: $(VENV)/installed-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tests/check_emulated_bf16.py
+	$(BIN)/python tests/check_wheel.py
+
+$(VENV)/torch:
+	@echo "== creating $(VENV) and installing $(TORCH) (the download can take minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --progress-bar on '$(TORCH)' $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)')
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	@echo "== building and installing fastattn with its C++ kernels (about a minute)"
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/installed-check: $(VENV)/installed
+	$(PIP) --editable '.[test,check]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastattn/_native*.so

@@ -1,0 +1,52 @@
+// The one description of a dense attention problem that Python hands to every native kernel.
+//
+// Python (fastattn/dense/native.py) fills it by field name, csrc/bindings.cpp exposes it, csrc/cpu and csrc/cuda read
+// it. It holds plain pointers and numbers only: the native core never sees a torch header.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64, kBool };
+
+// A strided view of (batch, head, row, column). Strides count elements; 0 broadcasts. A null pointer means "absent".
+struct View {
+  void* data = nullptr;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// Shapes: query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), out (B, Hq, Sq, Dv),
+// lse (B, Hq, Sq) as a view whose column stride is unused. Every tensor has a unit column stride but attn_mask.
+//
+// Query i of sequence b stands at key position p = i + query_offset + query_start[b] and sees the keys j with
+//   max(key_start[b], p - window_left) <= j <= min(key_lengths[b] - 1, p + window_right).
+// Absent arrays stand for query_start = 0, key_start = 0, key_lengths = seqlen_k; kUnlimited for an open window side.
+struct DenseParams {
+  static constexpr int64_t kUnlimited = INT64_MAX;
+
+  int64_t batch = 0, heads_q = 0, heads_kv = 0, seqlen_q = 0, seqlen_k = 0, head_dim = 0, head_dim_v = 0;
+  Dtype dtype = Dtype::kFloat32;  // of query, key, value, out and their gradients; lse is float32 (float64 for float64)
+
+  View query, key, value;
+  View attn_mask;  // (B, Hq, Sq, Sk); bool keeps where true, float is added to the scores
+  Dtype mask_dtype = Dtype::kBool;
+
+  const int32_t* query_start = nullptr;  // (B,)
+  const int32_t* key_start = nullptr;    // (B,)
+  const int32_t* key_lengths = nullptr;  // (B,)
+  int64_t query_offset = 0;
+  int64_t window_left = kUnlimited, window_right = kUnlimited;
+  double scale = 1.0;
+
+  View out, lse;  // written by the forward, read by the backward
+
+  // Backward only. grad_lse and grad_mask may be absent.
+  View grad_out, grad_lse;
+  View grad_query, grad_key, grad_value;
+  View grad_mask;  // float32 (float64 for float64); 0 strides where attn_mask broadcasts, so it has the bias's own size
+
+  int32_t threads = 1;  // CPU
+};
+
+}  // namespace fastattn

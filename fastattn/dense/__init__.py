@@ -1,0 +1,1 @@
+"""Dense (flash-style) attention. Read api.py, then op.py, then one kernel."""

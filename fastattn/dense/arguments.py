@@ -1,0 +1,196 @@
+"""Validation shared by the dense family's public functions: every check happens here, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def tensor(name: str, value: Any, dims: int, layout: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastattn: {name} must be a torch.Tensor of shape {layout}, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"fastattn: {name} must have shape {layout}, got {tuple(value.shape)}")
+
+
+def qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check what query, key and value, (B, H, S, D) or packed (total, H, D), must have in common."""
+    if query.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"fastattn: query must be one of {names}, got {query.dtype}")
+    for name, other in (("key", key), ("value", value)):
+        if other.dtype != query.dtype:
+            raise TypeError(f"fastattn: {name} must have query's dtype {query.dtype}, got {other.dtype}")
+        if other.device != query.device:
+            raise ValueError(f"fastattn: {name} must be on query's device {query.device}, got {other.device}")
+    if query.dim() == 4 and not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(
+            "fastattn: query, key and value must have the same batch size, got "
+            f"{query.shape[0]}, {key.shape[0]} and {value.shape[0]}"
+        )
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            f"fastattn: key and value must agree in all but head_dim, got {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"fastattn: key must have query's head_dim {query.shape[-1]}, got {key.shape[-1]} "
+            f"(query {tuple(query.shape)}, key {tuple(key.shape)})"
+        )
+    if query.shape[-1] == 0 or value.shape[-1] == 0:
+        raise ValueError(
+            f"fastattn: head_dim must be at least 1, got query {tuple(query.shape)}, value {tuple(value.shape)}"
+        )
+    heads_q, heads_kv = query.shape[1], key.shape[1]
+    if heads_kv == 0 or heads_q % heads_kv != 0:
+        raise ValueError(f"fastattn: query's heads must be a multiple of key's heads, got {heads_q} and {heads_kv}")
+
+
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast query, key and value as torch's autocast would: its own dtype on this device, float64 left alone."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+    return query, key, value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"fastattn: {name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"fastattn: {name} must be a number, got {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"fastattn: {name} must be finite, got {value}")
+    return float(value)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def softcap(value: Any) -> float | None:
+    if value is None:
+        return None
+    cap = number("softcap", value)
+    if cap <= 0:
+        raise ValueError(f"fastattn: softcap must be positive (None switches it off), got {value}")
+    return cap
+
+
+def dropout(value: Any) -> float:
+    p = number("dropout_p", value)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"fastattn: dropout_p must be between 0 and 1, got {value}")
+    return p
+
+
+def window(value: Any, causal: bool) -> tuple[int | None, int | None]:
+    """(left, right) with causal folded in as right = 0; None leaves a side open."""
+    if value is None:
+        return None, 0 if causal else None
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"fastattn: window must be a pair (left, right) of ints or None, got {value!r}")
+    for side in value:
+        if side is not None and not is_integer(side):
+            raise TypeError(f"fastattn: window must be a pair (left, right) of ints or None, got {value!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"fastattn: window sides must not be negative (None means unlimited), got {tuple(value)}")
+    left, right = value
+    return left, 0 if causal else right
+
+
+def per_sequence(name: str, value: Any, batch: int, like: Tensor) -> Tensor | None:
+    """An integer tensor of shape (B,) as int32."""
+    if value is None:
+        return None
+    tensor(name, value, 1, f"({batch},)")
+    if value.dtype not in _INTEGERS:
+        raise TypeError(f"fastattn: {name} must be int32 or int64, got {value.dtype}")
+    if value.shape[0] != batch:
+        raise ValueError(f"fastattn: {name} must have shape ({batch},), one per sequence, got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"fastattn: {name} must be on query's device {like.device}, got {value.device}")
+    return value.to(torch.int32).contiguous()
+
+
+def query_start(value: Any, batch: int, like: Tensor) -> tuple[int | None, Tensor | None]:
+    """(offset, None) for an int or the default, (0, tensor) for one start per sequence."""
+    if value is None:
+        return None, None
+    if is_integer(value):
+        return value, None
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"fastattn: query_start must be an int or an integer tensor ({batch},), got {type(value).__name__}"
+        )
+    return 0, per_sequence("query_start", value, batch, like)
+
+
+def attn_mask(value: Any, shape: tuple[int, int, int, int], like: Tensor) -> Tensor | None:
+    """The mask with four axes, each of size 1 or full."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastattn: attn_mask must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.bool, torch.float32, like.dtype):
+        raise TypeError(f"fastattn: attn_mask must be bool, float32 or query's dtype {like.dtype}, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"fastattn: attn_mask must be on query's device {like.device}, got {value.device}")
+    mask = value[(None,) * (4 - value.dim())] if value.dim() < 4 else value
+    if mask.dim() != 4 or any(m not in (1, s) for m, s in zip(mask.shape, shape, strict=True)):
+        raise ValueError(
+            f"fastattn: attn_mask must broadcast to (B, Hq, Sq, Sk) = {tuple(shape)}, got {tuple(value.shape)}"
+        )
+    return mask
+
+
+def _per_head(name: str, value: Any, like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastattn: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"fastattn: {name} must be a floating-point tensor, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"fastattn: {name} must be on query's device {like.device}, got {value.device}")
+
+
+def alibi_slopes(value: Any, batch: int, heads: int, like: Tensor, accumulate: torch.dtype) -> Tensor | None:
+    if value is None:
+        return None
+    _per_head("alibi_slopes", value, like)
+    if value.shape not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"fastattn: alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got {tuple(value.shape)}"
+        )
+    if value.requires_grad:
+        raise ValueError("fastattn: alibi_slopes has no gradient; pass alibi_slopes.detach(), or a bias as attn_mask")
+    return value.to(accumulate).expand(batch, heads)
+
+
+def sinks(value: Any, heads: int, like: Tensor, accumulate: torch.dtype) -> Tensor | None:
+    if value is None:
+        return None
+    _per_head("sinks", value, like)
+    if value.shape != (heads,):
+        raise ValueError(f"fastattn: sinks must have shape ({heads},), one per query head, got {tuple(value.shape)}")
+    return value.to(accumulate)
+
+
+def backend(value: Any) -> str | None:
+    names = backends.backend_names("dense")
+    if value is not None and value not in names:
+        raise ValueError(f"fastattn: backend must be None or one of {', '.join(names)}, got {value!r}")
+    return value

@@ -1,0 +1,176 @@
+"""The `cpu` backend: hands the C++ kernels of csrc/cpu their one parameter struct (csrc/dense_params.h)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import _extension
+from fastattn.backends import Capability
+from fastattn.dense.problem import Problem, allocate_backward, allocate_forward
+
+CAPABILITY = Capability(
+    backend="cpu",
+    family="dense",
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}),
+    max_head_dim=256,
+    features=frozenset(
+        {
+            "backward",
+            "causal",
+            "window",
+            "query_start",
+            "key_start",
+            "key_lengths",
+            "packed",
+            "bool_mask",
+            "float_bias",
+            "bias_grad",
+            "gqa",
+            "value_dim",
+            "deterministic",
+        }
+    ),
+    unavailable=_extension.unavailable,
+)
+
+_Strided = tuple[int, ...]  # address, then a stride per axis
+
+
+def _view(tensor: Tensor) -> _Strided:
+    return (tensor.data_ptr(), *tensor.stride())
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with the unit column stride that kernels rely on; a copy only where it has another."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _lse_view(lse_BHS: Tensor) -> _Strided:
+    return (lse_BHS.data_ptr(), *lse_BHS.stride(), 0)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: Tensor) -> Any:
+    params = native.DenseParams()
+    params.batch, params.heads_q, params.seqlen_q, params.head_dim = query.shape
+    params.heads_kv, params.seqlen_k, params.head_dim_v = value.shape[1:]
+    dtypes = _dtypes(native)
+    params.dtype = dtypes[query.dtype]
+    params.query, params.key, params.value = _view(query), _view(key), _view(value)
+    mask = p.attn_mask
+    if mask is not None:
+        params.attn_mask = _broadcast_view(mask, p)
+        params.mask_dtype = dtypes[mask.dtype]
+    params.query_start = _address(p.query_start)
+    params.key_start = _address(p.key_start)
+    params.key_lengths = _address(p.key_lengths)
+    params.query_offset = p.offset
+    if p.window_left is not None:
+        params.window_left = p.window_left
+    if p.window_right is not None:
+        params.window_right = p.window_right
+    params.scale = p.scale
+    params.threads = torch.get_num_threads()
+    return params
+
+
+def _broadcast_view(mask: Tensor, p: Problem) -> _Strided:
+    return _view(mask.expand(p.query.shape[0], p.query.shape[1], p.query.shape[2], p.key.shape[2]))
+
+
+def _dtypes(native: ModuleType) -> dict[torch.dtype, Any]:
+    return {
+        torch.float32: native.Dtype.float32,
+        torch.bfloat16: native.Dtype.bfloat16,
+        torch.float16: native.Dtype.float16,
+        torch.float64: native.Dtype.float64,
+        torch.bool: native.Dtype.bool,
+    }
+
+
+def _forward_into(p: Problem, out: Tensor, lse: Tensor) -> None:
+    native = _extension.native()
+    # Kept in locals: the kernel reads them through bare pointers.
+    query, key, value = _rows(p.query), _rows(p.key), _rows(p.value)
+    params = _params(native, p, query, key, value)
+    params.out, params.lse = _view(out), _lse_view(lse)
+    native.cpu_dense_forward(params)
+
+
+def _backward_into(
+    p: Problem,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_mask: Tensor | None,
+) -> None:
+    native = _extension.native()
+    query, key, value = _rows(p.query), _rows(p.key), _rows(p.value)
+    out, grad_out = _rows(out), _rows(grad_out)
+    params = _params(native, p, query, key, value)
+    params.out, params.lse, params.grad_out = _view(out), _lse_view(lse), _view(grad_out)
+    if grad_lse is not None:
+        params.grad_lse = _lse_view(grad_lse)
+    params.grad_query, params.grad_key, params.grad_value = (_view(g) for g in grads)
+    if grad_mask is not None:
+        params.grad_mask = _broadcast_view(grad_mask, p)
+    native.cpu_dense_backward(params)
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """Launch the forward: (out, lse)."""
+    out, lse = allocate_forward(p)
+    if p.cu_seqlens_q is None:
+        _forward_into(p, out, lse)
+        return out, lse
+    end = 0
+    for rows, _, sequence in p.sequences():
+        _forward_into(sequence, out[:, :, rows], lse[:, :, rows])
+        end = rows.stop
+    out[:, :, end:] = 0  # rows past the last sequence belong to none
+    lse[:, :, end:] = float("-inf")
+    return out, lse
+
+
+def backward(
+    p: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, mask_grad: bool
+) -> tuple[Tensor, ...]:
+    """Launch the backward: gradients as `allocate_backward` lists them."""
+    results = allocate_backward(p, mask_grad)
+    grad_query, grad_key, grad_value, grad_mask, _ = results
+    # Broadcast and low-precision biases are summed in the accumulation dtype.
+    mask_sum = (
+        torch.zeros(p.attn_mask.shape, dtype=p.accumulate_dtype) if mask_grad and p.attn_mask is not None else None
+    )
+    if p.cu_seqlens_q is None:
+        _backward_into(p, out, lse, grad_out, grad_lse, (grad_query, grad_key, grad_value), mask_sum)
+    else:
+        end_q = end_k = 0
+        for b, (rows, keys, sequence) in enumerate(p.sequences()):
+            seqlen_q, seqlen_k = rows.stop - rows.start, keys.stop - keys.start
+            _backward_into(
+                sequence,
+                out[:, :, rows],
+                lse[:, :, rows],
+                grad_out[:, :, rows],
+                None if grad_lse is None else grad_lse[:, :, rows],
+                (grad_query[:, :, rows], grad_key[:, :, keys], grad_value[:, :, keys]),
+                p.mask_of_sequence(mask_sum, b, seqlen_q, seqlen_k),
+            )
+            end_q, end_k = rows.stop, keys.stop
+        grad_query[:, :, end_q:] = 0
+        grad_key[:, :, end_k:] = 0
+        grad_value[:, :, end_k:] = 0
+    if mask_sum is not None:
+        grad_mask.copy_(mask_sum)
+    return results

@@ -1,0 +1,132 @@
+"""The registered ops of dense attention, their autograd, fakes and FLOP counts.
+
+An op selects a backend and launches it. Gradients go through an `autograd.Function`, entered only where something needs
+one: registering autograd on the op itself would cost several times as much per call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastattn import backends
+from fastattn.dense import reference
+from fastattn.dense.problem import ARGUMENTS, TENSORS, Problem, allocate_backward, allocate_forward
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
+    "Tensor? query_start, Tensor? key_start, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt? query_offset, SymInt? window_left, "
+    "SymInt? window_right, float scale, float? softcap, float dropout_p, bool deterministic, str? backend"
+)
+_library = torch.library.Library("fastattn", "DEF")
+_library.define(f"dense_forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
+_library.define(
+    f"dense_backward(Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, bool mask_grad, {_ARGUMENTS}) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)"
+)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    p = Problem(*args)
+    launcher = backends.select("dense", p.requirements(), p.backend)
+    p.check_values()
+    return launcher.forward(p)
+
+
+def _backward(
+    out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, mask_grad: bool, *args: Any
+) -> tuple[Tensor, ...]:
+    p = Problem(*args)
+    needs = p.requirements("backward", *(["bias_grad"] if mask_grad else []))
+    launcher = backends.select("dense", needs, p.backend)
+    return launcher.backward(p, out, lse, grad_out, grad_lse, mask_grad)
+
+
+_library.impl("dense_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("dense_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastattn::dense_forward", lib=_library)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    return allocate_forward(Problem(*args))
+
+
+@torch.library.register_fake("fastattn::dense_backward", lib=_library)
+def _(
+    out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, mask_grad: bool, *args: Any
+) -> tuple[Tensor, ...]:
+    return allocate_backward(Problem(*args), mask_grad)
+
+
+def _matmul_flops(args: tuple, products: tuple[str, ...]) -> int:
+    """FLOPs of the named (Sq, Sk) x head_dim products, over all keys as torch counts its own attention."""
+    p = Problem(*args)
+    batch, heads, seqlen_q, head_dim = p.query.shape
+    pairs = batch * seqlen_q * p.key.shape[2]
+    if p.cu_seqlens_q is not None and p.cu_seqlens_q.device.type != "meta":
+        assert p.cu_seqlens_k is not None
+        pairs = int((p.cu_seqlens_q.diff() * p.cu_seqlens_k.diff()).sum())
+    width = {"query": head_dim, "value": p.value.shape[3]}
+    return sum(2 * heads * pairs * width[product] for product in products)
+
+
+@register_flop_formula(torch.ops.fastattn.dense_forward, get_raw=True)
+def _forward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
+    return _matmul_flops(args, ("query", "value"))
+
+
+@register_flop_formula(torch.ops.fastattn.dense_backward, get_raw=True)
+def _backward_flops(out: Any, lse: Any, grad_out: Any, grad_lse: Any, mask_grad: Any, *args: Any, **_: Any) -> int:
+    # The scores again, then the gradients of probabilities, values, queries and keys.
+    return _matmul_flops(args, ("query", "value", "value", "query", "query"))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.fastattn.dense_forward(*args)
+        ctx.save_for_backward(out, lse, *args[: len(TENSORS)])
+        ctx.scalars = args[len(TENSORS) :]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        args = (*tensors, *ctx.scalars)
+        needed = dict(zip(ARGUMENTS, ctx.needs_input_grad, strict=True))
+        if torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
+            found = reference.gradients(Problem(*args), grad_out, grad_lse, create_graph=True)
+        else:
+            grads = torch.ops.fastattn.dense_backward(
+                out,
+                lse,
+                torch.zeros_like(out) if grad_out is None else grad_out,
+                grad_lse,
+                needed["attn_mask"],
+                *args,
+            )
+            found = dict(zip(("query", "key", "value", "attn_mask", "sinks"), grads, strict=True))
+        return tuple(found.get(name) if needed[name] else None for name in ARGUMENTS)
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active, which the ops do not see through."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def attention_op(p: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a validated problem, differentiable in query, key, value, attn_mask and sinks."""
+    if _transformed():
+        backends.select("dense", p.requirements("transforms"), p.backend)
+        return reference.formula(p)
+    args = p.args()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+        return _Attention.apply(*args)
+    return torch.ops.fastattn.dense_forward(*args)

@@ -1,0 +1,195 @@
+"""`Problem`: one dense attention call, validated and normalised. Its fields are the arguments of the registered ops."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastattn.backends import Requirements
+
+LSE_DTYPE = {torch.float64: torch.float64}  # float32 for every other dtype
+
+
+@dataclass
+class Problem:
+    """Dense attention over query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv).
+
+    Query i stands at key position p = i + query_offset + query_start[b] and sees the keys j with
+    max(key_start[b], p - window_left) <= j <= min(key_lengths[b] - 1, p + window_right); None leaves a side open, and
+    causal is window_right <= 0. Packed sequences have B = 1 and S = the total length; each is aligned by its own
+    lengths, and the (B,)-shaped tensors then count sequences.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None  # 4-D, each axis 1 or full: bool (True keeps) or float (added)
+    sinks: Tensor | None  # (Hq,), float32 (float64 for float64)
+    alibi_slopes: Tensor | None  # (B, Hq), float32 (float64 for float64)
+    query_start: Tensor | None  # (B,) int32, with query_offset 0
+    key_start: Tensor | None  # (B,) int32
+    key_lengths: Tensor | None  # (B,) int32
+    cu_seqlens_q: Tensor | None  # (B + 1,) int32
+    cu_seqlens_k: Tensor | None  # (B + 1,) int32
+    rng: Tensor | None  # int64 [seed, offset], with dropout_p > 0
+    max_seqlen_q: int
+    max_seqlen_k: int
+    query_offset: int | None  # None: seqlen_k - seqlen_q (bottom-right alignment)
+    window_left: int | None
+    window_right: int | None
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    deterministic: bool
+    backend: str | None
+    first_sequence: int = 0  # the batch index of this problem's first sequence, for dropout; not an op argument
+
+    def args(self) -> tuple:
+        """The arguments of `fastattn::dense_forward`, in schema order."""
+        return tuple(getattr(self, name) for name in ARGUMENTS)
+
+    @property
+    def offset(self) -> int:
+        """query_offset with its default resolved; not for packed problems, whose sequences each have their own."""
+        return self.key.shape[2] - self.query.shape[2] if self.query_offset is None else self.query_offset
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        return LSE_DTYPE.get(self.query.dtype, torch.float32)
+
+    def requirements(self, *extra: str) -> Requirements:
+        q, k, v, mask = self.query, self.key, self.value, self.attn_mask
+        features = [*extra]
+        if self.window_right == 0:
+            features.append("causal")
+        if self.window_left is not None or self.window_right not in (None, 0):
+            features.append("window")
+        if mask is not None:
+            features.append("bool_mask" if mask.dtype == torch.bool else "float_bias")
+        if q.shape[1] != k.shape[1]:
+            features.append("gqa")
+        if q.shape[3] != v.shape[3]:
+            features.append("value_dim")
+        for name, value in (
+            ("query_start", self.query_start),
+            ("key_start", self.key_start),
+            ("key_lengths", self.key_lengths),
+            ("packed", self.cu_seqlens_q),
+            ("softcap", self.softcap),
+            ("alibi", self.alibi_slopes),
+            ("sinks", self.sinks),
+            ("dropout", self.rng),
+        ):
+            if value is not None:
+                features.append(name)
+        if self.deterministic:
+            features.append("deterministic")
+        return Requirements(q.device.type, q.dtype, max(q.shape[3], v.shape[3]), frozenset(features))
+
+    def check_values(self) -> None:
+        """Raise ValueError for lengths or boundaries that do not fit the tensors.
+
+        Runs on the CPU; elsewhere only under FASTATTN_CHECK=1, because reading the values would wait for the device.
+        """
+        if self.query.device.type != "cpu" and os.environ.get("FASTATTN_CHECK") != "1":
+            return
+        packed = self.cu_seqlens_q is not None
+        for side, cu, total, longest in (
+            ("q", self.cu_seqlens_q, self.query.shape[2], self.max_seqlen_q),
+            ("k", self.cu_seqlens_k, self.key.shape[2], self.max_seqlen_k),
+        ):
+            if cu is None:
+                continue
+            bounds = cu.tolist()
+            lengths = [b - a for a, b in pairwise(bounds)]
+            if bounds[0] != 0 or bounds[-1] > total or min(lengths, default=0) < 0:
+                raise ValueError(
+                    f"fastattn: cu_seqlens_{side} must rise from 0 and end at most at {total}, got {bounds}"
+                )
+            if max(lengths, default=0) > longest:
+                raise ValueError(
+                    f"fastattn: max_seqlen_{side} must be at least the longest sequence of cu_seqlens_{side}, "
+                    f"{max(lengths)}, got {longest}"
+                )
+        for name, tensor, limit in (
+            ("key_start", self.key_start, None),
+            ("key_lengths", self.key_lengths, self.max_seqlen_k),
+        ):
+            values = [] if tensor is None else tensor.tolist()
+            limits = [limit] * len(values)
+            if packed and limit is not None and values:
+                limits = self.cu_seqlens_k.diff().tolist()
+            for index, (value, most) in enumerate(zip(values, limits, strict=True)):
+                if value < 0 or (most is not None and value > most):
+                    bound = "not be negative" if most is None else f"be between 0 and the key length {most}"
+                    raise ValueError(f"fastattn: {name}[{index}] must {bound}, got {value}")
+
+    def sequences(self) -> Iterator[tuple[slice, slice, Problem]]:
+        """A packed problem's sequences, each as (its query rows, its key rows, a problem of batch size 1 on views)."""
+        assert self.cu_seqlens_q is not None
+        assert self.cu_seqlens_k is not None
+        bounds_q, bounds_k = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
+        for b in range(len(bounds_q) - 1):
+            rows, keys = slice(bounds_q[b], bounds_q[b + 1]), slice(bounds_k[b], bounds_k[b + 1])
+            seqlen_q, seqlen_k = rows.stop - rows.start, keys.stop - keys.start
+            yield (
+                rows,
+                keys,
+                replace(
+                    self,
+                    query=self.query[:, :, rows],
+                    key=self.key[:, :, keys],
+                    value=self.value[:, :, keys],
+                    attn_mask=self.mask_of_sequence(self.attn_mask, b, seqlen_q, seqlen_k),
+                    alibi_slopes=None if self.alibi_slopes is None else self.alibi_slopes[b : b + 1],
+                    query_start=None if self.query_start is None else self.query_start[b : b + 1],
+                    key_start=None if self.key_start is None else self.key_start[b : b + 1],
+                    key_lengths=None if self.key_lengths is None else self.key_lengths[b : b + 1],
+                    cu_seqlens_q=None,
+                    cu_seqlens_k=None,
+                    max_seqlen_q=seqlen_q,
+                    max_seqlen_k=seqlen_k,
+                    first_sequence=b,
+                ),
+            )
+
+    @staticmethod
+    def mask_of_sequence(mask: Tensor | None, b: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
+        """The part of a (B or 1, Hq or 1, max_q or 1, max_k or 1) mask that belongs to packed sequence b."""
+        if mask is None:
+            return None
+        part = mask[b : b + 1] if mask.shape[0] > 1 else mask
+        part = part[:, :, :seqlen_q] if mask.shape[2] > 1 else part
+        return part[..., :seqlen_k] if mask.shape[3] > 1 else part
+
+
+ARGUMENTS = tuple(field.name for field in fields(Problem))[:-1]
+TENSORS = ARGUMENTS[: ARGUMENTS.index("rng") + 1]
+
+
+def default_scale(head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim)
+
+
+def allocate_forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse): out (B, Hq, Sq, Dv) over (B, Sq, Hq, Dv) memory, so that merging the heads is a view."""
+    batch, heads, seqlen, _ = p.query.shape
+    out = p.query.new_empty((batch, seqlen, heads, p.value.shape[3])).transpose(1, 2)
+    return out, p.query.new_empty((batch, heads, seqlen), dtype=p.accumulate_dtype)
+
+
+def allocate_backward(p: Problem, mask_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, attn_mask and sinks; an empty tensor where one is not wanted."""
+    return (
+        torch.empty_like(p.query),
+        torch.empty_like(p.key),
+        torch.empty_like(p.value),
+        torch.empty_like(p.attn_mask) if mask_grad and p.attn_mask is not None else p.query.new_empty(0),
+        torch.empty_like(p.sinks) if p.sinks is not None else p.query.new_empty(0),
+    )
