@@ -78,6 +78,7 @@ def attention(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape, device or range.
         UnsupportedError: the named backend cannot run this call.
     """
+    check.flag("return_lse", return_lse)
     problem = _problem(
         query,
         key,
@@ -96,7 +97,6 @@ def attention(
         deterministic=deterministic,
         backend=backend,
     )
-    check.flag("return_lse", return_lse)
     out, lse = attention_op(problem)
     return (out, lse) if return_lse else out
 

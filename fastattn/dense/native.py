@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -86,6 +87,7 @@ def _broadcast_view(mask: Tensor, p: Problem) -> _Strided:
     return _view(mask.expand(p.query.shape[0], p.query.shape[1], p.query.shape[2], p.key.shape[2]))
 
 
+@cache
 def _dtypes(native: ModuleType) -> dict[torch.dtype, Any]:
     return {
         torch.float32: native.Dtype.float32,

@@ -16,7 +16,7 @@ from fastattn.backends import Requirements
 LSE_DTYPE = {torch.float64: torch.float64}  # float32 for every other dtype
 
 
-@dataclass
+@dataclass(slots=True)
 class Problem:
     """Dense attention over query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv).
 
@@ -180,7 +180,9 @@ def default_scale(head_dim: int) -> float:
 def allocate_forward(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse): out (B, Hq, Sq, Dv) over (B, Sq, Hq, Dv) memory, so that merging the heads is a view."""
     batch, heads, seqlen, _ = p.query.shape
-    out = p.query.new_empty((batch, seqlen, heads, p.value.shape[3])).transpose(1, 2)
+    width = p.value.shape[3]
+    strides = (seqlen * heads * width, width, heads * width, 1)
+    out = p.query.new_empty_strided((batch, heads, seqlen, width), strides)
     return out, p.query.new_empty((batch, heads, seqlen), dtype=p.accumulate_dtype)
 
 

@@ -1,0 +1,48 @@
+"""Writes the support matrix, generated from the capability tables, into README.md (between its markers).
+
+python docs/support_matrix.py           rewrite the README
+python docs/support_matrix.py --check   exit 1 if the README is out of date
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fastattn.backends import FAMILIES, FEATURES, Capability, capabilities
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->\n"
+
+
+def table(family: str) -> str:
+    backends = capabilities(family)
+    rows = [("", [f"`{b.backend}`" for b in backends])]
+    rows.append(("devices", [", ".join(sorted(b.devices)) or "any" for b in backends]))
+    rows.append(("dtypes", [_dtypes(b) for b in backends]))
+    rows.append(("head_dim", ["any" if b.max_head_dim is None else f"1 to {b.max_head_dim}" for b in backends]))
+    rows += [(text, ["yes" if name in b.features else "no" for b in backends]) for name, text in FEATURES.items()]
+    lines = ["| " + " | ".join([label, *cells]) + " |" for label, cells in rows]
+    lines.insert(1, "|" + " --- |" * (len(backends) + 1))
+    return "\n".join(lines) + "\n"
+
+
+def _dtypes(capability: Capability) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in capability.dtypes))
+
+
+def main() -> int:
+    readme = README.read_text()
+    head, rest = readme.split(BEGIN)
+    _, tail = rest.split(END)
+    current = head + BEGIN + "\n".join(table(family) for family in FAMILIES) + END + tail
+    if "--check" in sys.argv:
+        if readme != current:
+            print("README.md: the support matrix is out of date; run python docs/support_matrix.py")
+        return int(readme != current)
+    README.write_text(current)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
