@@ -195,6 +195,11 @@ def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -
     for name, out, lse in (("a", out_a, lse_a), ("b", out_b, lse_b)):
         if not isinstance(out, Tensor) or not isinstance(lse, Tensor):
             raise TypeError(f"fastattn: out_{name} and lse_{name} must be torch.Tensors")
+        for what, t in ((f"out_{name}", out), (f"lse_{name}", lse)):
+            if not t.is_floating_point():
+                raise TypeError(f"fastattn: {what} must be a floating-point tensor, got {t.dtype}")
+            if t.device != out_a.device:
+                raise ValueError(f"fastattn: {what} must be on out_a's device {out_a.device}, got {t.device}")
         if out.shape[:-1] != lse.shape:
             raise ValueError(
                 f"fastattn: lse_{name} must have out_{name}'s shape without its last axis, {tuple(out.shape[:-1])}, "

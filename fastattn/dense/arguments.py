@@ -57,7 +57,7 @@ def qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast query, key and value as torch's autocast would: its own dtype on this device, float64 left alone."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
     query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
@@ -73,7 +73,7 @@ def flag(name: str, value: Any) -> bool:
 def number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"fastattn: {name} must be a number, got {type(value).__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"fastattn: {name} must be finite, got {value}")
     return float(value)
 
@@ -124,7 +124,9 @@ def per_sequence(name: str, value: Any, batch: int, like: Tensor) -> Tensor | No
         raise ValueError(f"fastattn: {name} must have shape ({batch},), one per sequence, got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"fastattn: {name} must be on query's device {like.device}, got {value.device}")
-    return value.to(torch.int32).contiguous()
+    # Clamped, so that what does not fit stays recognisably wrong.
+    fitting = value.clamp(-(2**31), 2**31 - 1) if value.dtype == torch.int64 else value
+    return fitting.to(torch.int32).contiguous()
 
 
 def query_start(value: Any, batch: int, like: Tensor) -> tuple[int | None, Tensor | None]:

@@ -100,7 +100,7 @@ class _Attention(torch.autograd.Function):
         args = (*tensors, *ctx.scalars)
         needed = dict(zip(ARGUMENTS, ctx.needs_input_grad, strict=True))
         if torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
-            found = reference.gradients(Problem(*args), grad_out, grad_lse, create_graph=True)
+            found = reference.differentiable_gradients(Problem(*args), grad_out, grad_lse)
         else:
             grads = torch.ops.fastattn.dense_backward(
                 out,
@@ -121,12 +121,23 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def _distinct(args: tuple) -> tuple:
+    """The arguments with views in place of repeated tensors, which compiled autograd Functions do not accept."""
+    distinct: list[Any] = []
+    for arg in args:
+        repeated = isinstance(arg, Tensor) and any(arg is earlier for earlier in distinct)
+        distinct.append(arg.view_as(arg) if repeated else arg)
+    return tuple(distinct)
+
+
 def attention_op(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of a validated problem, differentiable in query, key, value, attn_mask and sinks."""
     if _transformed():
         backends.select("dense", p.requirements("transforms"), p.backend)
         return reference.formula(p)
     args = p.args()
+    if torch.compiler.is_compiling():
+        args = _distinct(args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
         return _Attention.apply(*args)
     return torch.ops.fastattn.dense_forward(*args)

@@ -6,8 +6,7 @@ every kernel is held to.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,12 +27,7 @@ CAPABILITY = Capability(
 
 def interval(p: Problem) -> Tensor:
     """Which keys each row may see by position alone: bool (B or 1, 1, Sq, Sk)."""
-    device = p.query.device
-    seqlen_q, seqlen_k = p.query.shape[2], p.key.shape[2]
-    position = torch.arange(seqlen_q, device=device).view(1, 1, -1, 1) + p.offset
-    key = torch.arange(seqlen_k, device=device).view(1, 1, 1, -1)
-    if p.query_start is not None:
-        position = position + p.query_start.view(-1, 1, 1, 1)
+    position, key = _positions(p), _keys(p)
     seen = torch.ones_like(position, dtype=torch.bool) & torch.ones_like(key, dtype=torch.bool)
     if p.window_left is not None:
         seen = seen & (key >= position - p.window_left)
@@ -46,62 +40,98 @@ def interval(p: Problem) -> Tensor:
     return seen
 
 
-def _scores(p: Problem, q_BHSD: Tensor, k_BHSD: Tensor, sees: Tensor) -> Tensor:
-    """Scores with everything that is added or masked, (B, Hq, Sq, Sk); -inf where a row does not see a key."""
-    scores = (q_BHSD @ k_BHSD.mT) * p.scale
-    if p.softcap is not None:
-        scores = p.softcap * torch.tanh(scores / p.softcap)
-    if p.alibi_slopes is not None:
-        seqlen_q, seqlen_k = scores.shape[-2:]
-        position = torch.arange(seqlen_q, device=scores.device).view(1, 1, -1, 1) + p.offset
-        if p.query_start is not None:
-            position = position + p.query_start.view(-1, 1, 1, 1)
-        distance = (position - torch.arange(seqlen_k, device=scores.device)).abs()
-        scores = scores - p.alibi_slopes[:, :, None, None] * distance
-    if p.attn_mask is not None:
-        if p.attn_mask.dtype == torch.bool:
-            sees = sees & p.attn_mask
-        else:
-            scores = scores + p.attn_mask.to(scores.dtype)
-    return scores.masked_fill(~sees, float("-inf"))
+def _positions(p: Problem) -> Tensor:
+    """The key position that each query stands at, (B or 1, 1, Sq, 1)."""
+    position = torch.arange(p.query.shape[2], device=p.query.device).view(1, 1, -1, 1) + p.offset
+    return position if p.query_start is None else position + p.query_start.view(-1, 1, 1, 1)
 
 
-def formula(p: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse) as differentiable PyTorch operations, to any order and under torch.func transforms."""
-    if p.cu_seqlens_q is not None:
-        return _formula_packed(p)
+def _keys(p: Problem) -> Tensor:
+    return torch.arange(p.key.shape[2], device=p.query.device).view(1, 1, 1, -1)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the forward and the backward formulas share, in the accumulation dtype; K and V once per query head."""
+
+    query: Tensor  # (B, Hq, Sq, D)
+    key: Tensor  # (B, Hq, Sk, D)
+    value: Tensor  # (B, Hq, Sk, Dv)
+    tanh: Tensor | None  # of the capped scores
+    probabilities: Tensor  # (B, Hq, Sq, Sk), before dropout
+    kept: Tensor | None  # dropout's factor on each probability: 0 or 1 / (1 - p)
+    lse: Tensor  # (B, Hq, Sq)
+
+
+def _parts(p: Problem) -> _Parts:
     dtype = p.accumulate_dtype
     sees = interval(p)
     # A key that no row of its sequence sees may hold anything, NaN included.
     exists = sees.any(dim=2)[..., None]
     groups = p.query.shape[1] // p.key.shape[1]
-    q = p.query.to(dtype)
-    k = torch.where(exists, p.key, 0).to(dtype).repeat_interleave(groups, dim=1)
-    v = torch.where(exists, p.value, 0).to(dtype).repeat_interleave(groups, dim=1)
+    query = p.query.to(dtype)
+    key = torch.where(exists, p.key, 0).to(dtype).repeat_interleave(groups, dim=1)
+    value = torch.where(exists, p.value, 0).to(dtype).repeat_interleave(groups, dim=1)
 
-    scores = _scores(p, q, k, sees)
+    scores = (query @ key.mT) * p.scale
+    tanh = None
+    if p.softcap is not None:
+        tanh = torch.tanh(scores / p.softcap)
+        scores = p.softcap * tanh
+    if p.alibi_slopes is not None:
+        scores = scores - p.alibi_slopes[:, :, None, None] * (_positions(p) - _keys(p)).abs()
+    if p.attn_mask is not None:
+        if p.attn_mask.dtype == torch.bool:
+            sees = sees & p.attn_mask
+        else:
+            scores = scores + p.attn_mask.to(dtype)
+    scores = scores.masked_fill(~sees, float("-inf"))
+
     sink = None if p.sinks is None else p.sinks.to(dtype).view(1, -1, 1)
+    weights, total, highest = _exponentials(scores, sink)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    kept = None
+    if p.rng is not None:
+        factor = 1.0 / (1.0 - p.dropout_p) if p.dropout_p < 1.0 else 0.0
+        shape = (scores.shape[0], scores.shape[1], scores.shape[2], scores.shape[3])
+        kept = dropout_keep(p.rng, p.dropout_p, shape, p.first_sequence).to(dtype) * factor
+    return _Parts(
+        query=query,
+        key=key,
+        value=value,
+        tanh=tanh,
+        probabilities=weights / total[..., None],
+        kept=kept,
+        lse=(highest + torch.log(total)).masked_fill(empty, float("-inf")),
+    )
+
+
+def _exponentials(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(scores - highest), their row sums with the sink's share, and the highest score (0 for a row without keys)."""
     if scores.shape[-1] == 0:
         highest = scores.new_full(scores.shape[:-1], float("-inf"))
     else:
         highest = scores.detach().amax(dim=-1)
     if sink is not None:
         highest = torch.maximum(highest, sink.detach())
-    highest = highest.masked_fill(highest == float("-inf"), 0.0)  # a row without keys
+    highest = highest.masked_fill(highest == float("-inf"), 0.0)
     weights = torch.exp(scores - highest[..., None])
     total = weights.sum(dim=-1)
-    if sink is not None:
-        total = total + torch.exp(sink - highest)
-    empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    lse = (highest + torch.log(total)).masked_fill(empty, float("-inf"))
-    probabilities = weights / total[..., None]
-    if p.rng is not None:
-        shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        keep = dropout_keep(p.rng, p.dropout_p, shape, p.first_sequence)
-        kept = 1.0 / (1.0 - p.dropout_p) if p.dropout_p < 1.0 else 0.0
-        probabilities = torch.where(keep, probabilities * kept, 0.0)
-    return (probabilities @ v).to(p.query.dtype), lse
+    return weights, total if sink is None else total + torch.exp(sink - highest), highest
+
+
+def formula(p: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse) as differentiable PyTorch operations, to any order and under torch.func transforms."""
+    if torch.is_autocast_enabled(p.query.device.type):
+        # The products below are in the accumulation dtype; autocast would take them down again.
+        with torch.autocast(p.query.device.type, enabled=False):
+            return formula(p)
+    if p.cu_seqlens_q is not None:
+        return _formula_packed(p)
+    parts = _parts(p)
+    dropped = parts.probabilities if parts.kept is None else parts.probabilities * parts.kept
+    return (dropped @ parts.value).to(p.query.dtype), parts.lse
 
 
 def _formula_packed(p: Problem) -> tuple[Tensor, Tensor]:
@@ -126,44 +156,93 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     return out.copy_(result), lse.copy_(result_lse)
 
 
-def gradients(
-    p: Problem, grad_out: Tensor | None, grad_lse: Tensor | None, create_graph: bool = False
-) -> dict[str, Tensor]:
-    """Vector-Jacobian products of `formula` for every differentiable input that requires a gradient, by field name."""
-    names = [n for n in ("query", "key", "value", "attn_mask", "sinks") if _wants_gradient(getattr(p, n))]
-    with torch.enable_grad():
-        outputs = formula(p)
-    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None and o.requires_grad]
-    inputs = [getattr(p, n) for n in names]
-    if not pairs:
-        return {n: torch.zeros_like(t) for n, t in zip(names, inputs, strict=True)}
-    found = torch.autograd.grad(
-        [o for o, _ in pairs],
-        inputs,
-        [g for _, g in pairs],
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(names, found, strict=True))
-
-
-def _wants_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
-
-
 def backward(
     p: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, mask_grad: bool
 ) -> tuple[Tensor, ...]:
     """Launch the backward: gradients as `allocate_backward` lists them."""
     del out, lse  # recomputed
     results = allocate_backward(p, mask_grad)
-    wanted = {"query": p.query, "key": p.key, "value": p.value, "attn_mask": p.attn_mask, "sinks": p.sinks}
-    if not mask_grad:
-        del wanted["attn_mask"]
-    leaves: dict[str, Any] = {n: t.detach().requires_grad_() for n, t in wanted.items() if t is not None}
-    found = gradients(replace(p, **leaves), grad_out, grad_lse)
-    for name, result in zip(("query", "key", "value", "attn_mask", "sinks"), results, strict=True):
-        if name in found:
-            result.copy_(found[name])
+    if p.cu_seqlens_q is None:
+        for result, found in zip(results, _backward_formula(p, grad_out, grad_lse, mask_grad), strict=True):
+            if found is not None:
+                result.copy_(found)
+        return results
+    for result in results:
+        result.zero_()
+    for b, (rows, keys, sequence) in enumerate(p.sequences()):
+        lse_part = None if grad_lse is None else grad_lse[:, :, rows]
+        parts = _backward_formula(sequence, grad_out[:, :, rows], lse_part, mask_grad)
+        grad_query, grad_key, grad_value, grad_mask, grad_sinks = results
+        seqlen_q, seqlen_k = rows.stop - rows.start, keys.stop - keys.start
+        places = (
+            grad_query[:, :, rows],
+            grad_key[:, :, keys],
+            grad_value[:, :, keys],
+            p.mask_of_sequence(grad_mask, b, seqlen_q, seqlen_k) if mask_grad else None,
+            grad_sinks,
+        )
+        for place, found in zip(places, parts, strict=True):
+            if place is not None and found is not None:
+                place += found
     return results
+
+
+def _backward_formula(
+    p: Problem, grad_out: Tensor, grad_lse: Tensor | None, mask_grad: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, attn_mask and sinks, written out: autograd is off where ops run."""
+    parts = _parts(p)
+    dtype = p.accumulate_dtype
+    d_out = grad_out.to(dtype)
+    d_probabilities = d_out @ parts.value.mT
+    dropped = parts.probabilities
+    if parts.kept is not None:
+        d_probabilities = d_probabilities * parts.kept
+        dropped = dropped * parts.kept
+    # Softmax: dS = P * (dP - sum_j P dP), and LSE adds its own gradient to every score of the row.
+    delta = (parts.probabilities * d_probabilities).sum(dim=-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    d_scores = parts.probabilities * (d_probabilities - delta[..., None])
+    d_products = d_scores if parts.tanh is None else d_scores * (1 - parts.tanh.square())
+    d_products = d_products * p.scale
+
+    grad_mask = grad_sinks = None
+    if mask_grad:
+        assert p.attn_mask is not None
+        grad_mask = d_scores.sum_to_size(p.attn_mask.shape)
+    if p.sinks is not None:
+        sink = p.sinks.to(dtype).view(1, -1, 1)
+        share = torch.exp((sink - parts.lse).masked_fill(sink == float("-inf"), float("-inf")))
+        grad_sinks = -(share * delta).sum(dim=(0, 2))
+    return (
+        d_products @ parts.key,
+        _sum_groups(d_products.mT @ parts.query, p.key.shape[1]),
+        _sum_groups(dropped.mT @ d_out, p.key.shape[1]),
+        grad_mask,
+        grad_sinks,
+    )
+
+
+def _sum_groups(gradient: Tensor, heads_kv: int) -> Tensor:
+    """(B, Hq, Sk, D) to (B, Hkv, Sk, D)."""
+    return gradient.unflatten(1, (heads_kv, -1)).sum(dim=2)
+
+
+def differentiable_gradients(p: Problem, grad_out: Tensor | None, grad_lse: Tensor | None) -> dict[str, Tensor]:
+    """Gradients of every input that requires one, by field name, as a graph that can be differentiated again."""
+    names = [n for n in ("query", "key", "value", "attn_mask", "sinks") if _requires_grad(getattr(p, n))]
+    outputs = [(o, g) for o, g in zip(formula(p), (grad_out, grad_lse), strict=True) if g is not None]
+    found = torch.autograd.grad(
+        [o for o, _ in outputs],
+        [getattr(p, n) for n in names],
+        [g for _, g in outputs],
+        create_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(names, found, strict=True))
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.dense import arguments as check
 from fastattn.dense.api import attention
 
 
@@ -41,6 +42,8 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"fastattn: {name} must have at least 2 axes (..., seqlen, head_dim), got {tuple(t.shape)}"
             )
+    check.flag("is_causal", is_causal)
+    check.flag("enable_gqa", enable_gqa)
     if is_causal and attn_mask is not None:
         raise ValueError("fastattn: attn_mask and is_causal=True cannot be given together, as in torch")
     if not enable_gqa and query.dim() > 2 and query.shape[-3] != key.shape[-3] and key.shape[-3] != 1:
@@ -48,7 +51,11 @@ def scaled_dot_product_attention(
             f"fastattn: query has {query.shape[-3]} heads and key {key.shape[-3]}; pass enable_gqa=True to share keys"
         )
     lead = 3 if enable_gqa else 2  # how many trailing axes do not broadcast
-    batch = torch.broadcast_shapes(query.shape[:-lead], key.shape[:-lead], value.shape[:-lead])
+    try:
+        batch = torch.broadcast_shapes(query.shape[:-lead], key.shape[:-lead], value.shape[:-lead])
+    except RuntimeError as error:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        raise ValueError(f"fastattn: the leading axes of query, key and value must broadcast, got {shapes}") from error
     q, k, v = (_four_axes(t.expand(*batch, *t.shape[-lead:])) for t in (query, key, value))
     mask = None
     if attn_mask is not None:
