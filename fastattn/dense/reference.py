@@ -50,6 +50,55 @@ def _keys(p: Problem) -> Tensor:
     return torch.arange(p.key.shape[2], device=p.query.device).view(1, 1, 1, -1)
 
 
+def masked_scores(p: Problem, query: Tensor, key: Tensor, sees: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scores (B, Hq, Sq, Sk) with everything that is added, -inf where a row does not see a key; and softcap's tanh.
+
+    query (B, Hq, Sq, D) and key (B, Hq, Sk, D) are those of the problem in the accumulation dtype.
+    """
+    scores = (query @ key.mT) * p.scale
+    tanh = None
+    if p.softcap is not None:
+        tanh = torch.tanh(scores / p.softcap)
+        scores = p.softcap * tanh
+    if p.alibi_slopes is not None:
+        scores = scores - p.alibi_slopes[:, :, None, None] * (_positions(p) - _keys(p)).abs()
+    if p.attn_mask is not None:
+        if p.attn_mask.dtype == torch.bool:
+            sees = sees & p.attn_mask
+        else:
+            scores = scores + p.attn_mask.to(scores.dtype)
+    return scores.masked_fill(~sees, float("-inf")), tanh
+
+
+def dropout_factors(p: Problem) -> Tensor | None:
+    """Dropout's factor on each probability, 0 or 1 / (1 - p), in the accumulation dtype; None without dropout."""
+    if p.rng is None:
+        return None
+    factor = 1.0 / (1.0 - p.dropout_p) if p.dropout_p < 1.0 else 0.0
+    shape = (p.query.shape[0], p.query.shape[1], p.query.shape[2], p.key.shape[2])
+    return dropout_keep(p.rng, p.dropout_p, shape, p.first_sequence).to(p.accumulate_dtype) * factor
+
+
+def attention_weights(p: Problem, lse: Tensor) -> Tensor:
+    """The probabilities that a problem's output was weighted with, after dropout, differentiable: exp(scores - lse).
+
+    Args:
+        p: not packed.
+        lse: (B, Hq, Sq), as the forward returned it; part of the gradient flows through it.
+
+    Returns:
+        (B, Hq, Sq, Sk) in query's dtype; a row that sees no key is zero.
+    """
+    # In the accumulation dtype: scores rounded to half precision would not agree with the log-sum-exp.
+    with torch.autocast(p.query.device.type, enabled=False):
+        key = p.key.to(lse.dtype).repeat_interleave(p.query.shape[1] // p.key.shape[1], dim=1)
+        scores, _ = masked_scores(p, p.query.to(lse.dtype), key, interval(p))
+        # -inf minus -inf is NaN: a row without keys keeps its -inf scores, whose exponential is the zero wanted.
+        weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+        factors = dropout_factors(p)
+        return (weights if factors is None else weights * factors).to(p.query.dtype)
+
+
 @dataclass(frozen=True)
 class _Parts:
     """What the forward and the backward formulas share, in the accumulation dtype; K and V once per query head."""
@@ -73,36 +122,18 @@ def _parts(p: Problem) -> _Parts:
     key = torch.where(exists, p.key, 0).to(dtype).repeat_interleave(groups, dim=1)
     value = torch.where(exists, p.value, 0).to(dtype).repeat_interleave(groups, dim=1)
 
-    scores = (query @ key.mT) * p.scale
-    tanh = None
-    if p.softcap is not None:
-        tanh = torch.tanh(scores / p.softcap)
-        scores = p.softcap * tanh
-    if p.alibi_slopes is not None:
-        scores = scores - p.alibi_slopes[:, :, None, None] * (_positions(p) - _keys(p)).abs()
-    if p.attn_mask is not None:
-        if p.attn_mask.dtype == torch.bool:
-            sees = sees & p.attn_mask
-        else:
-            scores = scores + p.attn_mask.to(dtype)
-    scores = scores.masked_fill(~sees, float("-inf"))
-
+    scores, tanh = masked_scores(p, query, key, sees)
     sink = None if p.sinks is None else p.sinks.to(dtype).view(1, -1, 1)
     weights, total, highest = _exponentials(scores, sink)
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
-    kept = None
-    if p.rng is not None:
-        factor = 1.0 / (1.0 - p.dropout_p) if p.dropout_p < 1.0 else 0.0
-        shape = (scores.shape[0], scores.shape[1], scores.shape[2], scores.shape[3])
-        kept = dropout_keep(p.rng, p.dropout_p, shape, p.first_sequence).to(dtype) * factor
     return _Parts(
         query=query,
         key=key,
         value=value,
         tanh=tanh,
         probabilities=weights / total[..., None],
-        kept=kept,
+        kept=dropout_factors(p),
         lse=(highest + torch.log(total)).masked_fill(empty, float("-inf")),
     )
 

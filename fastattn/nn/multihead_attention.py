@@ -13,7 +13,7 @@ from fastattn.dense import arguments
 from fastattn.dense.api import normalise
 from fastattn.dense.op import attention_op
 from fastattn.dense.problem import Problem
-from fastattn.nn.weights import attention_weights
+from fastattn.dense.reference import attention_weights
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
