@@ -1,0 +1,203 @@
+// The Python module fastattn._native: the parameter struct, the kernels, and what they were built from.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "build_info.h"
+#include "cpu/dispatch.h"
+#include "cpu/peak.h"
+#include "dense_params.h"
+
+namespace py = pybind11;
+using namespace fastattn;
+
+namespace {
+
+// A View is set from (data_ptr, stride0, stride1, stride2, stride3) or None, and reads back the same.
+template <View DenseParams::*field>
+void def_view(py::class_<DenseParams>& cls, const char* name) {
+  cls.def_property(
+      name,
+      [](const DenseParams& p) -> py::object {
+        const View& v = p.*field;
+        if (!v.data) return py::none();
+        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), v.stride[0], v.stride[1], v.stride[2], v.stride[3]);
+      },
+      [name](DenseParams& p, const py::object& value) {
+        View v;
+        if (!value.is_none()) {
+          const py::tuple parts = py::reinterpret_borrow<py::tuple>(value);
+          if (!PyTuple_Check(value.ptr()) || parts.size() != 5)
+            throw py::value_error(std::string(name) + ": expected None or a tuple (data_ptr, four strides)");
+          v.data = reinterpret_cast<void*>(parts[0].cast<uintptr_t>());
+          for (size_t i = 0; i < 4; ++i) v.stride[i] = parts[i + 1].cast<int64_t>();
+        }
+        p.*field = v;
+      });
+}
+
+// An array of int32 is set from its address or None.
+template <const int32_t* DenseParams::*field>
+void def_array(py::class_<DenseParams>& cls, const char* name) {
+  cls.def_property(
+      name,
+      [](const DenseParams& p) -> py::object {
+        if (!(p.*field)) return py::none();
+        return py::int_(reinterpret_cast<uintptr_t>(p.*field));
+      },
+      [](DenseParams& p, const py::object& value) {
+        p.*field = value.is_none() ? nullptr : reinterpret_cast<const int32_t*>(value.cast<uintptr_t>());
+      });
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw py::value_error(message);
+}
+
+bool has(const View& view, int64_t elements) { return view.data != nullptr || elements == 0; }
+
+void check(const DenseParams& p) {
+  const auto in_range = [](int64_t n) { return n >= 0 && n <= INT32_MAX; };
+  require(in_range(p.batch) && in_range(p.heads_q) && in_range(p.heads_kv) && in_range(p.seqlen_q) &&
+              in_range(p.seqlen_k),
+          "batch, heads_q, heads_kv, seqlen_q and seqlen_k must be between 0 and 2^31 - 1");
+  require(p.head_dim >= 1 && p.head_dim <= 256, "head_dim must be between 1 and 256");
+  require(p.head_dim_v >= 1 && p.head_dim_v <= 256, "head_dim_v must be between 1 and 256");
+  require(p.heads_kv == 0 ? p.heads_q == 0 : p.heads_q % p.heads_kv == 0, "heads_q must be a multiple of heads_kv");
+  require(p.dtype == Dtype::kFloat32 || p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16 ||
+              p.dtype == Dtype::kFloat64,
+          "dtype must be float32, bfloat16, float16 or float64");
+  require(p.scale - p.scale == 0, "scale must be finite");
+  require(p.threads >= 1, "threads must be at least 1");
+  const int64_t queries = p.batch * p.heads_q * p.seqlen_q, keys = p.batch * p.heads_kv * p.seqlen_k;
+  require(has(p.query, queries) && has(p.out, queries), "query and out must not be None");
+  require(has(p.key, keys) && has(p.value, keys), "key and value must not be None");
+  for (const View* view : {&p.query, &p.key, &p.value, &p.out, &p.grad_out, &p.grad_query, &p.grad_key, &p.grad_value})
+    require(!view->data || view->stride[3] == 1, "tensors other than attn_mask need a last stride of 1");
+}
+
+void check_backward(const DenseParams& p) {
+  const int64_t queries = p.batch * p.heads_q * p.seqlen_q, keys = p.batch * p.heads_kv * p.seqlen_k;
+  require(has(p.lse, queries) && has(p.grad_out, queries) && has(p.grad_query, queries) && has(p.grad_key, keys) &&
+              has(p.grad_value, keys),
+          "the backward needs lse, grad_out, grad_query, grad_key and grad_value");
+  require(!p.grad_mask.data || (p.attn_mask.data && p.mask_dtype != Dtype::kBool),
+          "grad_mask needs a floating-point attn_mask");
+}
+
+void run(Status (*kernel)(const DenseParams&), const DenseParams& p) {
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = kernel(p);
+  }
+  if (status == Status::kNoMemory) throw std::bad_alloc();
+}
+
+py::dict build_info() {
+  py::dict digests;
+  for (const auto& [isa, digest] : kDigests) digests[isa] = digest;
+  py::dict info;
+  info["compiler"] = kCompiler;
+  info["flags"] = kFlags;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["isas"] = compiled_isas();
+#if defined(FASTATTN_EMULATE_BF16_DOT)
+  info["emulated_bf16_dot"] = true;
+#else
+  info["emulated_bf16_dot"] = false;
+#endif
+  info["cuda"] = false;
+  info["digests"] = digests;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of fastattn. They take pointers, strides and numbers; tensors stay in Python.";
+
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::kFloat32)
+      .value("bfloat16", Dtype::kBFloat16)
+      .value("float16", Dtype::kFloat16)
+      .value("float64", Dtype::kFloat64)
+      .value("bool", Dtype::kBool);
+
+  py::class_<DenseParams> params(m, "DenseParams", "One dense attention problem; see csrc/dense_params.h.");
+  params.def(py::init<>())
+      .def_readonly_static("UNLIMITED", &DenseParams::kUnlimited)
+      .def_readwrite("batch", &DenseParams::batch)
+      .def_readwrite("heads_q", &DenseParams::heads_q)
+      .def_readwrite("heads_kv", &DenseParams::heads_kv)
+      .def_readwrite("seqlen_q", &DenseParams::seqlen_q)
+      .def_readwrite("seqlen_k", &DenseParams::seqlen_k)
+      .def_readwrite("head_dim", &DenseParams::head_dim)
+      .def_readwrite("head_dim_v", &DenseParams::head_dim_v)
+      .def_readwrite("dtype", &DenseParams::dtype)
+      .def_readwrite("mask_dtype", &DenseParams::mask_dtype)
+      .def_readwrite("query_offset", &DenseParams::query_offset)
+      .def_readwrite("window_left", &DenseParams::window_left)
+      .def_readwrite("window_right", &DenseParams::window_right)
+      .def_readwrite("scale", &DenseParams::scale)
+      .def_readwrite("threads", &DenseParams::threads);
+  def_view<&DenseParams::query>(params, "query");
+  def_view<&DenseParams::key>(params, "key");
+  def_view<&DenseParams::value>(params, "value");
+  def_view<&DenseParams::attn_mask>(params, "attn_mask");
+  def_view<&DenseParams::out>(params, "out");
+  def_view<&DenseParams::lse>(params, "lse");
+  def_view<&DenseParams::grad_out>(params, "grad_out");
+  def_view<&DenseParams::grad_lse>(params, "grad_lse");
+  def_view<&DenseParams::grad_query>(params, "grad_query");
+  def_view<&DenseParams::grad_key>(params, "grad_key");
+  def_view<&DenseParams::grad_value>(params, "grad_value");
+  def_view<&DenseParams::grad_mask>(params, "grad_mask");
+  def_array<&DenseParams::query_start>(params, "query_start");
+  def_array<&DenseParams::key_start>(params, "key_start");
+  def_array<&DenseParams::key_lengths>(params, "key_lengths");
+
+  m.def(
+      "cpu_dense_forward",
+      [](const DenseParams& p) {
+        check(p);
+        run(kernels_in_use().dense_forward, p);
+      },
+      py::arg("params"), "Writes out and, if given, lse.");
+  m.def(
+      "cpu_dense_backward",
+      [](const DenseParams& p) {
+        check(p);
+        check_backward(p);
+        run(kernels_in_use().dense_backward, p);
+      },
+      py::arg("params"), "Writes grad_query, grad_key and grad_value, and adds to grad_mask if given.");
+
+  m.def("cpu_isas", &runnable_isas, "Instruction sets that were compiled and that this CPU runs, best first.");
+  m.def("cpu_isa", [] { return std::string(kernels_in_use().isa); }, "The instruction set in use.");
+  m.def("set_cpu_isa", &set_isa, py::arg("name"), "Uses another instruction set from now on.");
+  m.def(
+      "cpu_fma_peak",
+      [](int threads, Dtype dtype) {
+        require(threads >= 1, "threads must be at least 1");
+        py::gil_scoped_release release;
+        return fma_peak(threads, dtype);
+      },
+      py::arg("threads"), py::arg("dtype") = Dtype::kFloat32,
+      "GFLOP/s of multiply-adds between registers; 0 where the set in use computes the dtype in another.");
+  m.def(
+      "cpu_read_bandwidth",
+      [](uintptr_t pointer, int64_t bytes, int threads) {
+        require(threads >= 1 && pointer && bytes >= 64 * int64_t(threads), "need memory of at least 64 bytes a thread");
+        py::gil_scoped_release release;
+        return read_bandwidth(reinterpret_cast<const void*>(pointer), bytes, threads);
+      },
+      py::arg("pointer"), py::arg("bytes"), py::arg("threads"), "GB/s of reading memory once.");
+  m.def("build_info", &build_info, "Compiler, flags, instruction sets and the digest of each kernel's source.");
+}

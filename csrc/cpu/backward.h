@@ -1,0 +1,381 @@
+// Backward of dense attention. With s2 = scale log2(e) q k^T + bias log2(e), per row of P and dS:
+//   p = 2^(s2 - lse log2(e)),   ds = p (do v^T - delta),   delta = rowsum(do * out) - grad_lse
+//   dv = p^T do,   dk = scale ds^T q,   dq = scale ds k,   dbias = ds
+// The scores are computed again from the saved lse, so nothing of size Sq x Sk is stored.
+//
+// For each wave of kv heads, and one query head of each group after the other: pack Q and dO of the wave's heads, then
+// let the threads take blocks of keys. A block packs its K and V, keeps its dk and dv, and walks the tiles of rows that
+// see it. Accumulators are float32 (float64) whatever the dtype.
+//
+// dq of a tile is a sum over blocks of keys that different threads work on. Each tile has a counter of the block whose
+// turn it is: blocks add to it in ascending order. That makes the sum the same on any number of threads, and no thread
+// waits long, since blocks are handed out in the same order. Sums over heads (broadcast bias, query heads of one group)
+// have their fixed order from the waves.
+#pragma once
+
+#include "gemm.h"
+#include "mask.h"
+#include "pack.h"
+#include "work.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+template <class A>
+class Backward {
+  typedef typename A::Real Real;
+  typedef typename A::Elem Elem;
+  typedef Simd<Real> Reals;
+  typedef typename A::RealVec RealVec;
+  static constexpr int kLanes = Reals::kLanes;
+  static constexpr int kTile = 96;   // query rows; a multiple of 6 and of 2
+  static constexpr int kBlock = 128;  // keys of one work item
+  static constexpr int kBlockPanels = kBlock / kPanelKeys;
+
+  // What a wave keeps of one query head. With one number per element, staged rows serve as row panels too.
+  struct Head {
+    Elem *query, *grad_out;            // staged [rows_][ld]
+    Elem *query_rows, *grad_out_rows;  // row panels [rows_ / kPack][columns]
+    Real *grad_query;                  // [rows_][columns_]
+    Real *lse2, *delta;                // [rows_]
+    Real *bias_sums;                   // [rows_], row sums of ds for a bias that broadcasts over the keys
+    Real *grad_key, *grad_value;       // [keys_][columns], between the query heads of a group
+    int32_t* turn;                     // [tiles_]
+
+    Head(Carver& c, const Backward& f) {
+      query = c.take<Elem>(f.rows_ * f.query_ld_);
+      grad_out = c.take<Elem>(f.rows_ * f.value_ld_);
+      query_rows = A::kPack == 1 ? query : c.take<Elem>(f.rows_ / A::kPack * f.columns_);
+      grad_out_rows = A::kPack == 1 ? grad_out : c.take<Elem>(f.rows_ / A::kPack * f.columns_v_);
+      grad_query = c.take<Real>(f.rows_ * f.columns_);
+      lse2 = c.take<Real>(f.rows_);
+      delta = c.take<Real>(f.rows_);
+      bias_sums = f.sums_bias_rows_ ? c.take<Real>(f.rows_) : nullptr;
+      const int64_t kept_keys = f.group_ > 1 ? f.blocks_ * kBlock : 0;
+      grad_key = c.take<Real>(kept_keys * f.columns_);
+      grad_value = c.take<Real>(kept_keys * f.columns_v_);
+      turn = c.take<int32_t>(f.tiles_);
+    }
+  };
+
+  // One thread's block of keys and tile of rows.
+  struct Block {
+    Elem *key_turned, *value_turned;  // transposed panels
+    Elem* key_rows;                   // row panel
+    Real *grad_key, *grad_value;      // [kBlock][columns]
+    Real *scores, *grad_probs;        // [kTile][64]
+    Elem *probs, *grad_scores_turned; // row panels' left operands: [kTile / kPack][64], read along the columns
+    Elem* grad_scores;                // [kTile][64 / kPack]
+    Elem* staging;                    // 64 keys, or one row as Real
+    Real* bias;                       // [64]
+
+    Block(Carver& c, const Backward& f) {
+      key_turned = c.take<Elem>(kBlock * f.steps_qk_);
+      value_turned = c.take<Elem>(kBlock * f.steps_v_);
+      key_rows = c.take<Elem>(kBlock / A::kPack * f.columns_);
+      grad_key = c.take<Real>(kBlock * f.columns_);
+      grad_value = c.take<Real>(kBlock * f.columns_v_);
+      scores = c.take<Real>(kTile * kPanelKeys);
+      grad_probs = c.take<Real>(kTile * kPanelKeys);
+      const bool same = A::kPack == 1;
+      probs = same ? reinterpret_cast<Elem*>(scores) : c.take<Elem>(kTile * kPanelKeys / A::kPack);
+      grad_scores = same ? reinterpret_cast<Elem*>(grad_probs) : c.take<Elem>(kTile * kPanelKeys / A::kPack);
+      grad_scores_turned = same ? grad_scores : c.take<Elem>(kTile * kPanelKeys / A::kPack);
+      staging = c.take<Elem>(kPanelKeys * round_up(max64(f.steps_qk_, f.steps_v_), kLanes));
+      bias = c.take<Real>(kPanelKeys);
+    }
+  };
+
+ public:
+  explicit Backward(const DenseParams& p)
+      : p_(p), steps_qk_(div_up(p.head_dim, A::kPack)), steps_v_(div_up(p.head_dim_v, A::kPack)),
+        columns_(round_up(p.head_dim, kLanes)), columns_v_(round_up(p.head_dim_v, kLanes)),
+        query_ld_(A::kPack == 1 ? columns_ : steps_qk_), value_ld_(A::kPack == 1 ? columns_v_ : steps_v_),
+        rows_(round_up(p.seqlen_q, kTileRows)), tiles_(div_up(p.seqlen_q, kTile)), blocks_(div_up(p.seqlen_k, kBlock)),
+        group_(group_size(p)), threads_(useful_threads(p)), negative_(p.scale < 0),
+        sums_bias_rows_(p.grad_mask.data && p.grad_mask.stride[3] == 0), scale_(Real(p.scale)),
+        magnitude_(Real(negative_ ? -p.scale : p.scale)) {
+    const Real scale2 = Real((negative_ ? -p.scale : p.scale) * kLog2E);
+    const Real smallest = Real(1.17549435e-38);
+    scale2_ = scale2 > smallest ? scale2 : smallest;
+  }
+
+  Status run() {
+    const int64_t heads = p_.batch * p_.heads_kv;
+    if (heads == 0 || group_ == 0) return Status::kOk;
+
+    Carver measure;
+    Head(measure, *this);
+    const uintptr_t head_bytes = measure.address();
+    Block(measure, *this);
+    const uintptr_t block_bytes = measure.address() - head_bytes;
+    // Heads that share a slice of the bias gradient go one after the other.
+    const bool shared_bias = p_.grad_mask.data && ((p_.batch > 1 && p_.grad_mask.stride[0] == 0) ||
+                                                   (p_.heads_q > 1 && p_.grad_mask.stride[1] == 0));
+    const int64_t wave = shared_bias ? 1 : wave_size(heads, threads_, int64_t(head_bytes));
+    Scratch scratch(size_t(wave) * head_bytes + size_t(threads_) * block_bytes);
+    if (!scratch.memory()) return Status::kNoMemory;
+    char* base = static_cast<char*>(scratch.memory());
+    const auto head_of = [&](int64_t unit) {
+      Carver carver(base + size_t(unit) * head_bytes);
+      return Head(carver, *this);
+    };
+    const auto block_of = [&](int rank) {
+      Carver carver(base + size_t(wave) * head_bytes + size_t(rank) * block_bytes);
+      return Block(carver, *this);
+    };
+
+    for (int64_t first = 0; first < heads; first += wave) {
+      const int64_t count = min64(wave, heads - first);
+      const auto batch_of = [&](int64_t unit) { return (first + unit) / p_.heads_kv; };
+      const auto kv_head_of = [&](int64_t unit) { return (first + unit) % p_.heads_kv; };
+      for (int64_t member = 0; member < group_; ++member) {
+        const auto query_head_of = [&](int64_t unit) { return kv_head_of(unit) * group_ + member; };
+        for_each(threads_, count * tiles_, [&](int64_t item, int rank) {
+          const int64_t unit = item / tiles_;
+          pack_tile(head_of(unit), block_of(rank), batch_of(unit), query_head_of(unit), item % tiles_);
+        });
+        for_each(threads_, count * blocks_, [&](int64_t item, int rank) {
+          const int64_t unit = item % count;  // neighbours in time work on different heads, so they rarely wait
+          key_block(head_of(unit), block_of(rank), batch_of(unit), kv_head_of(unit), member, item / count);
+        });
+        for_each(threads_, count * tiles_, [&](int64_t item, int) {
+          const int64_t unit = item / tiles_;
+          write_query(head_of(unit), batch_of(unit), query_head_of(unit), item % tiles_);
+        });
+        if (sums_bias_rows_)
+          for (int64_t unit = 0; unit < count; ++unit)
+            write_bias_sums(head_of(unit), batch_of(unit), query_head_of(unit));
+      }
+    }
+    return Status::kOk;
+  }
+
+ private:
+  Range tile_rows(int64_t tile) const { return {tile * kTile, min64((tile + 1) * kTile, p_.seqlen_q)}; }
+
+  static Real& at(const View& view, int64_t b, int64_t h, int64_t i, int64_t j = 0) {
+    return static_cast<Real*>(view.data)[b * view.stride[0] + h * view.stride[1] + i * view.stride[2] +
+                                         j * view.stride[3]];
+  }
+
+  void pack_tile(const Head& head, const Block& t, int64_t b, int64_t h, int64_t tile) const {
+    const Interval interval(p_, b);
+    const Range rows = tile_rows(tile);
+    const Rows query(p_.query, p_.dtype, b, h, p_.head_dim);
+    const Rows grad_out(p_.grad_out, p_.dtype, b, h, p_.head_dim_v);
+    int64_t i = rows.begin;
+    for (; i < rows.end; i += kTileRows) {
+      // Rows that see no key, or whose lse says that nothing was left of them, take no part at all.
+      bool live[kTileRows];
+      Real delta[kTileRows];
+      row_deltas(t, b, h, {i, min64(i + kTileRows, rows.end)}, delta);
+      for (int m = 0; m < kTileRows; ++m) {
+        const int64_t r = i + m;
+        live[m] = r < rows.end && !interval.keys(r).empty() && at(p_.lse, b, h, r) != -infinity<Real>();
+        head.lse2[r] = live[m] ? at(p_.lse, b, h, r) * Real(kLog2E) : infinity<Real>();
+        head.delta[r] = live[m] ? delta[m] : Real(0);
+        if (sums_bias_rows_) head.bias_sums[r] = 0;
+      }
+      for (int m = 0; m < kTileRows; m += 2) {
+        const Range pair{i + m + !live[m], i + m + 1 + live[m + 1]};
+        stage_rows<A>(head.query + (i + m) * query_ld_, query_ld_, query, i + m, 2, pair, negative_);
+        stage_rows<A>(head.grad_out + (i + m) * value_ld_, value_ld_, grad_out, i + m, 2, pair);
+        if constexpr (A::kPack > 1) {
+          pack_rows<A>(head.query_rows + (i + m) / A::kPack * columns_, columns_, query, i + m, 2, pair, negative_);
+          pack_rows<A>(head.grad_out_rows + (i + m) / A::kPack * columns_v_, columns_v_, grad_out, i + m, 2, pair);
+        }
+      }
+    }
+    __builtin_memset(head.grad_query + rows.begin * columns_, 0, size_t((i - rows.begin) * columns_) * sizeof(Real));
+    head.turn[tile] = int32_t(interval.keys(rows).begin / kBlock);
+  }
+
+  // Summed in the order of the tile product, so that p (do v^T - delta) is exactly 0 where a row sees a single key.
+  void row_deltas(const Block& t, int64_t b, int64_t h, Range rows, Real* delta) const {
+    constexpr int ld = kMaxHeadDim;
+    static_assert(kTileRows * ld <= kTile * kPanelKeys, "the rows fit where the scores will be");
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const int64_t to = (i - rows.begin) * ld;
+      read_row(t.scores + to, element(p_.out, p_.dtype, b, h, i), p_.dtype, p_.head_dim_v);
+      read_row(t.grad_probs + to, element(p_.grad_out, p_.dtype, b, h, i), p_.dtype, p_.head_dim_v);
+    }
+    Real sum[kTileRows] = {};
+    for (int64_t c = 0; c < p_.head_dim_v; ++c)
+#pragma GCC unroll 8
+      for (int m = 0; m < kTileRows; ++m) sum[m] += t.grad_probs[m * ld + c] * t.scores[m * ld + c];
+    for (int64_t i = rows.begin; i < rows.end; ++i)
+      delta[i - rows.begin] = sum[i - rows.begin] - (p_.grad_lse.data ? at(p_.grad_lse, b, h, i) : Real(0));
+  }
+
+  void key_block(const Head& head, const Block& t, int64_t b, int64_t h, int64_t member, int64_t block) const {
+    const Interval interval(p_, b);
+    const Range keys{block * kBlock, min64((block + 1) * kBlock, p_.seqlen_k)};
+    const Range rows = interval.rows(keys);
+    const int64_t query_head = h * group_ + member;
+
+    start_sum(t.grad_key, head.grad_key + (member ? keys.begin * columns_ : 0), columns_, member);
+    start_sum(t.grad_value, head.grad_value + (member ? keys.begin * columns_v_ : 0), columns_v_, member);
+    if (!rows.empty()) {
+      const Range live = interval.all_keys();
+      const Rows key(p_.key, p_.dtype, b, h, p_.head_dim), value(p_.value, p_.dtype, b, h, p_.head_dim_v);
+      pack_rows<A>(t.key_rows, columns_, key, keys.begin, kBlock, live);
+      for (int64_t n = 0; n < kBlock; n += kPanelKeys) {
+        pack_transposed<A>(t.key_turned + n * steps_qk_, key, keys.begin + n, live, t.staging);
+        pack_transposed<A>(t.value_turned + n * steps_v_, value, keys.begin + n, live, t.staging);
+      }
+      for (int64_t tile = rows.begin / kTile; tile * kTile < rows.end; ++tile) {
+        bool our_turn = false;
+        for (int64_t n = 0; n < kBlock; n += kPanelKeys) {
+          const Range panel{keys.begin + n, min64(keys.begin + n + kPanelKeys, keys.end)};
+          const Range seeing = intersect(interval.rows(panel), tile_rows(tile));
+          if (panel.empty() || seeing.empty()) continue;
+          const Range groups{seeing.begin / kTileRows * kTileRows, round_up(seeing.end, kTileRows)};
+          panel_scores(head, t, interval, b, query_head, groups, panel, n);
+          panel_grad_keys(head, t, groups, n);
+          if (!our_turn) wait_until(&head.turn[tile], int32_t(block));
+          our_turn = true;
+          panel_grad_query(head, t, groups, n);
+          if (p_.grad_mask.data) add_grad_bias(head, t, interval, b, query_head, seeing, groups.begin, panel);
+        }
+        __atomic_store_n(&head.turn[tile], int32_t(block) + 1, __ATOMIC_RELEASE);
+      }
+    }
+    if (member + 1 < group_) {
+      keep_sum(head.grad_key + keys.begin * columns_, t.grad_key, columns_);
+      keep_sum(head.grad_value + keys.begin * columns_v_, t.grad_value, columns_v_);
+      return;
+    }
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
+      write_row(mutable_element(p_.grad_key, p_.dtype, b, h, j), p_.dtype, t.grad_key + (j - keys.begin) * columns_,
+                magnitude_, p_.head_dim);  // the sign of scale is in the packed queries
+      write_row(mutable_element(p_.grad_value, p_.dtype, b, h, j), p_.dtype,
+                t.grad_value + (j - keys.begin) * columns_v_, Real(1), p_.head_dim_v);
+    }
+  }
+
+  static void start_sum(Real* sum, const Real* kept, int64_t columns, bool resume) {
+    for (int64_t i = 0; i < kBlock * columns; ++i) sum[i] = resume ? kept[i] : Real(0);
+  }
+  static void keep_sum(Real* kept, const Real* sum, int64_t columns) {
+    for (int64_t i = 0; i < kBlock * columns; ++i) kept[i] = sum[i];
+  }
+
+  // p and ds of the rows in `groups` (whole groups of six) against the 64 keys of one panel.
+  void panel_scores(const Head& head, const Block& t, const Interval& interval, int64_t b, int64_t h, Range groups,
+                    Range panel, int64_t n) const {
+    const int64_t present = panel.end - panel.begin;
+    row_groups(groups, head.query, query_ld_, steps_qk_, t.key_turned + n * steps_qk_, t.scores);
+    row_groups(groups, head.grad_out, value_ld_, steps_v_, t.value_turned + n * steps_v_, t.grad_probs);
+    Real factor = scale2_;
+    for (int64_t i = groups.begin; i < min64(groups.end, p_.seqlen_q); ++i) {
+      Real* scores = t.scores + (i - groups.begin) * kPanelKeys;
+      if (p_.attn_mask.data) {
+        read_bias(t.bias, p_, b, h, i, panel.begin, present);
+        add_bias(scores, t.bias, scale2_, present);
+        factor = 1;
+      }
+      hide_outside(scores, panel.begin, kPanelKeys, interval.keys(i));
+    }
+    for (int64_t i = groups.begin; i < groups.end; i += 2)
+      row_pair_gradients(head, t, i, (i - groups.begin) * kPanelKeys, factor);
+  }
+
+  // One product after the other: a panel of 64 keys stays in L1 while the groups of rows pass.
+  static void row_groups(Range groups, const Elem* rows, int64_t ld, int64_t steps, const Elem* panel, Real* to) {
+    for (int64_t i = groups.begin; i < groups.end; i += kTileRows)
+      row_product<A, kTileRows, false, false>(kPanelKeys, steps, rows + i * ld, ld, panel, kPanelKeys,
+                                              to + (i - groups.begin) * kPanelKeys, kPanelKeys);
+  }
+
+  void row_pair_gradients(const Head& head, const Block& t, int64_t i, int64_t at, Real factor) const {
+    for (int64_t j = at; j < at + kPanelKeys; j += kLanes * A::kPack) {
+      RealVec p[2][A::kPack], ds[2][A::kPack];
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < A::kPack; ++c) {
+          const int64_t where = j + r * kPanelKeys + c * kLanes;
+          p[r][c] = vexp2(Reals::load(t.scores + where) * factor - head.lse2[i + r]);
+          ds[r][c] = p[r][c] * (Reals::load(t.grad_probs + where) - head.delta[i + r]);
+          if (A::kPack == 1) Reals::store(t.scores + where, p[r][c]);
+          Reals::store(t.grad_probs + where, ds[r][c]);
+        }
+      if constexpr (A::kPack > 1) {
+        typedef Simd<Elem> Elems;
+        const int64_t pair = at / 2 + (j - at), row = j / 2;
+#pragma GCC unroll 2
+        for (int c = 0; c < A::kPack; ++c) {
+          Elems::store(t.probs + pair + c * kLanes, A::interleave(p[0][c], p[1][c]));
+          Elems::store(t.grad_scores_turned + pair + c * kLanes, A::interleave(ds[0][c], ds[1][c]));
+        }
+        Elems::store(t.grad_scores + row, A::narrow(ds[0][0], ds[0][1]));
+        Elems::store(t.grad_scores + row + kPanelKeys / 2, A::narrow(ds[1][0], ds[1][1]));
+      }
+    }
+  }
+
+  // dv += p^T do and dk += ds^T q for the panel's 64 keys: ten groups of six and one of four.
+  void panel_grad_keys(const Head& head, const Block& t, Range groups, int64_t n) const {
+    const int64_t steps = (groups.end - groups.begin) / A::kPack;
+    const Elem* grad_out = head.grad_out_rows + groups.begin / A::kPack * columns_v_;
+    const Elem* query = head.query_rows + groups.begin / A::kPack * columns_;
+    accumulate_keys(t.grad_value + n * columns_v_, columns_v_, steps, t.probs, grad_out);
+    accumulate_keys(t.grad_key + n * columns_, columns_, steps, t.grad_scores_turned, query);
+  }
+
+  static void accumulate_keys(Real* sum, int64_t columns, int64_t steps, const Elem* weights, const Elem* rows) {
+    constexpr int rest = kPanelKeys % kTileRows;
+    int64_t j = 0;
+    for (; j + kTileRows <= kPanelKeys; j += kTileRows)
+      row_product<A, kTileRows, true, true>(columns, steps, weights + j, kPanelKeys, rows, columns, sum + j * columns,
+                                            columns);
+    row_product<A, rest, true, true>(columns, steps, weights + j, kPanelKeys, rows, columns, sum + j * columns,
+                                     columns);
+  }
+
+  void panel_grad_query(const Head& head, const Block& t, Range groups, int64_t n) const {
+    for (int64_t i = groups.begin; i < groups.end; i += kTileRows)
+      row_product<A, kTileRows, false, true>(
+          columns_, kPanelKeys / A::kPack, t.grad_scores + (i - groups.begin) * (kPanelKeys / A::kPack),
+          kPanelKeys / A::kPack, t.key_rows + n / A::kPack * columns_, columns_, head.grad_query + i * columns_, columns_);
+  }
+
+  // Runs while this block has the tile's turn, so sums over keys have a fixed order too.
+  void add_grad_bias(const Head& head, const Block& t, const Interval& interval, int64_t b, int64_t h, Range seeing,
+                     int64_t first_row, Range panel) const {
+    const int64_t stride = p_.grad_mask.stride[3];
+    for (int64_t i = seeing.begin; i < seeing.end; ++i) {
+      const Real* ds = t.grad_probs + (i - first_row) * kPanelKeys;
+      const Range keys = intersect(interval.keys(i), panel);
+      if (sums_bias_rows_) {
+        for (int64_t j = keys.begin; j < keys.end; ++j) head.bias_sums[i] += ds[j - panel.begin];
+      } else {
+        Real* to = &at(p_.grad_mask, b, h, i);
+        for (int64_t j = keys.begin; j < keys.end; ++j) to[j * stride] += ds[j - panel.begin];
+      }
+    }
+  }
+
+  void write_bias_sums(const Head& head, int64_t b, int64_t h) const {
+    for (int64_t i = 0; i < p_.seqlen_q; ++i) at(p_.grad_mask, b, h, i) += head.bias_sums[i];
+  }
+
+  void write_query(const Head& head, int64_t b, int64_t h, int64_t tile) const {
+    const Range rows = tile_rows(tile);
+    for (int64_t i = rows.begin; i < rows.end; ++i)
+      write_row(mutable_element(p_.grad_query, p_.dtype, b, h, i), p_.dtype, head.grad_query + i * columns_, scale_,
+                p_.head_dim);
+  }
+
+  const DenseParams& p_;
+  const int64_t steps_qk_, steps_v_, columns_, columns_v_, query_ld_, value_ld_;
+  const int64_t rows_, tiles_, blocks_, group_;
+  const int threads_;
+  const bool negative_, sums_bias_rows_;
+  const Real scale_, magnitude_;
+  Real scale2_;
+};
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn

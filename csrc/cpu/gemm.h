@@ -1,0 +1,76 @@
+// Tile products: C[M x N] (+)= A[M x K] * B[K x N], the inner loop of everything here.
+//
+// C stays in registers: 6 rows x 4 vectors of accumulators where there are 32 vector registers (24 accumulators hide
+// the latency of two multiply-adds a cycle, and leave room for 4 vectors of B), 6 x 2 where there are 16. Each step of
+// k loads one row of B and broadcasts 6 elements of A. B is packed, so its rows are contiguous; A may be read along
+// its rows or along its columns (kTransposed), which costs the same since only single elements of it are loaded.
+//
+// Every loop over the accumulators must be unrolled completely: GCC keeps the array in registers only then.
+#pragma once
+
+#include "arith.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
+
+template <class A, int M, int NV, bool kTransposed, bool kAccumulate>
+[[gnu::always_inline]] inline void tile_product(int64_t steps, const typename A::Elem* a, int64_t lda,
+                                                const typename A::Elem* b, int64_t ldb, typename A::Real* c,
+                                                int64_t ldc) {
+  typedef Simd<typename A::Real> Reals;
+  typedef Simd<typename A::Elem> Elems;
+  constexpr int lanes = Reals::kLanes;
+  typename A::RealVec acc[M][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) acc[m][n] = typename A::RealVec{};
+  for (int64_t k = 0; k < steps; ++k) {
+    typename A::ElemVec row[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) row[n] = Elems::load(b + k * ldb + n * lanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const typename A::Elem x = kTransposed ? a[k * lda + m] : a[m * lda + k];
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) acc[m][n] = A::multiply_add(acc[m][n], x, row[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) {
+      // Added at the end, not carried along: rounding then grows with the tiles of a long sum, not with its terms.
+      if constexpr (kAccumulate) acc[m][n] += Reals::load(c + m * ldc + n * lanes);
+      Reals::store(c + m * ldc + n * lanes, acc[m][n]);
+    }
+}
+
+// M rows of C and any number of columns that fills whole vectors.
+template <class A, int M, bool kTransposed, bool kAccumulate>
+inline void row_product(int64_t columns, int64_t steps, const typename A::Elem* a, int64_t lda,
+                        const typename A::Elem* b, int64_t ldb, typename A::Real* c, int64_t ldc) {
+  constexpr int lanes = Simd<typename A::Real>::kLanes;
+  constexpr int wide = kTileVectors * lanes;
+  int64_t n = 0;
+  for (; n + wide <= columns; n += wide)
+    tile_product<A, M, kTileVectors, kTransposed, kAccumulate>(steps, a, lda, b + n, ldb, c + n, ldc);
+  switch ((columns - n) / lanes) {
+    case 3:
+      if constexpr (kTileVectors > 3)
+        tile_product<A, M, 3, kTransposed, kAccumulate>(steps, a, lda, b + n, ldb, c + n, ldc);
+      break;
+    case 2:
+      if constexpr (kTileVectors > 2)
+        tile_product<A, M, 2, kTransposed, kAccumulate>(steps, a, lda, b + n, ldb, c + n, ldc);
+      break;
+    case 1: tile_product<A, M, 1, kTransposed, kAccumulate>(steps, a, lda, b + n, ldb, c + n, ldc); break;
+    default: break;
+  }
+}
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn

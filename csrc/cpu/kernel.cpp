@@ -1,0 +1,58 @@
+// The kernels for one instruction set. CMake compiles this file once per set, with FASTATTN_ISA_NAMESPACE naming it.
+#include "kernel.h"
+
+#include "backward.h"
+#include "forward.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+template <template <class> class Pass>
+Status run(const DenseParams& p) {
+  if (p.dtype == Dtype::kFloat64) return Pass<F64>(p).run();
+#if defined(FASTATTN_BF16_DOT)
+  if (p.dtype == Dtype::kBFloat16) return Pass<BF16Dot>(p).run();
+#endif
+  return Pass<F32>(p).run();
+}
+
+template <class A>
+double multiply_add_rounds(int64_t steps) {
+  constexpr int columns = kTileVectors * Simd<typename A::Real>::kLanes;
+  typename A::Elem a[kTileRows] = {}, b[columns] = {};
+  typename A::Real c[kTileRows * columns] = {};
+  asm volatile("" : : "r"(a), "r"(b), "r"(c) : "memory");  // the compiler must not know that all of it is zero
+  tile_product<A, kTileRows, kTileVectors, true, true>(steps, a, 0, b, 0, c, columns);
+  asm volatile("" : : "r"(c) : "memory");
+  return 2.0 * kTileRows * columns * A::kPack * double(steps);
+}
+
+double multiply_add_rounds_of(Dtype dtype, int64_t steps) {
+  if (dtype == Dtype::kFloat32) return multiply_add_rounds<F32>(steps);
+  if (dtype == Dtype::kFloat64) return multiply_add_rounds<F64>(steps);
+#if defined(FASTATTN_BF16_DOT)
+  if (dtype == Dtype::kBFloat16) return multiply_add_rounds<BF16Dot>(steps);
+#endif
+  return 0;
+}
+
+uint64_t read_memory(const void* memory, int64_t bytes) {
+  typedef Simd<uint64_t> Words;
+  constexpr int chains = 8;
+  Words::Vec sum[chains] = {};
+  const uint64_t* words = static_cast<const uint64_t*>(memory);
+  const int64_t count = bytes / 8;
+  for (int64_t i = 0; i + chains * Words::kLanes <= count; i += chains * Words::kLanes)
+#pragma GCC unroll 8
+    for (int c = 0; c < chains; ++c) sum[c] ^= Words::load(words + i + c * Words::kLanes);
+  uint64_t all = 0;
+  for (int c = 0; c < chains; ++c)
+    for (int lane = 0; lane < Words::kLanes; ++lane) all ^= sum[c][lane];
+  return all;
+}
+
+extern const Kernels kernels;
+const Kernels kernels = {FASTATTN_ISA_NAME, run<Forward>, run<Backward>, multiply_add_rounds_of, read_memory};
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn

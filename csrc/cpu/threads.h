@@ -1,0 +1,21 @@
+// The kernels' view of threads and memory. The definitions are compiled once, for the baseline instruction set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastattn {
+
+// Calls body(context, index, rank) for every index in [0, count), on at most `threads` threads of ranks 0, 1, ...
+// Indices are handed out in ascending order, one at a time: whoever runs index i may wait for work on an index below
+// i, because that has been started. In a child of fork(), whose OpenMP workers are gone, everything runs on one thread.
+void parallel_for(int threads, int64_t count, void (*body)(void* context, int64_t index, int rank), void* context);
+
+// Blocks until *counter has reached value.
+void wait_until(const int32_t* counter, int32_t value);
+
+// 64-byte aligned memory; null if there is none.
+void* allocate_scratch(size_t bytes);
+void free_scratch(void* memory);
+
+}  // namespace fastattn
