@@ -1,0 +1,244 @@
+"""Random tensors for the cases of the grid, laid out and poisoned as a case asks, and the calls that take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.verify.cases import Case
+from fastattn.verify.naive import Dense, distances, visible_keys
+
+DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "sinks")
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case, contiguous and without poison; packed cases have (total, H, D) query, key and value."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    grad_out: Tensor
+    grad_lse: Tensor
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same values in another floating-point dtype (slopes and bool masks stay)."""
+        names = ("query", "key", "value", "sinks", "attn_mask", "grad_out", "grad_lse")
+        tensors = {n: getattr(self, n) for n in names}
+        return replace(self, **{n: t.to(dtype) for n, t in tensors.items() if t is not None and t.dtype != torch.bool})
+
+    def leaves(self, case: Case) -> tuple[Inputs, dict[str, Tensor]]:
+        """Fresh tensors that require gradients, and those tensors by name."""
+        wanted: dict[str, Tensor] = {}
+        for name in DIFFERENTIABLE:
+            tensor = getattr(self, name)
+            if tensor is None or tensor.dtype == torch.bool or (name == "attn_mask" and not case.mask_grad):
+                continue
+            wanted[name] = tensor.detach().requires_grad_()
+        return replace(self, **wanted), wanted
+
+
+def _random_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor | None:
+    if case.mask is None:
+        return None
+    q_len, k_len = case.longest
+    sizes = {"B": case.sequences, "H": case.heads, "Q": q_len, "K": k_len, "1": 1}
+    shape = tuple(sizes[axis] for axis in case.mask_shape)
+    if case.mask == "bool":
+        mask = torch.rand(shape, generator=generator) < 0.7
+        if case.mask_fill == "empty_rows":
+            mask &= (torch.arange(q_len) % 5 != 2)[:, None]
+        return mask
+    bias = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if case.mask_fill == "neg_inf":
+        bias = bias.masked_fill(torch.rand(shape, generator=generator) < 0.3, -torch.inf)
+        bias[..., 3, :] = -torch.inf
+    elif case.mask_fill == "offset":
+        bias += 1e4
+    return bias.to(torch.float32 if case.mask == "bias_float32" and dtype != torch.float64 else dtype)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int) -> Inputs:
+    """Unit-normal tensors (query and key times ``case.magnitude``) drawn on the CPU from ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    if case.packed is None:
+        rows = (case.batch, case.heads, case.q_len)
+        query = normal(*rows, case.head_dim)
+        key = normal(case.batch, case.hkv, case.k_len, case.head_dim)
+        value = normal(case.batch, case.hkv, case.k_len, case.dv)
+        grad_out, grad_lse = normal(*rows, case.dv), normal(*rows)
+    else:
+        total_q, total_k = sum(case.packed[0]), sum(case.packed[1])
+        query = normal(total_q, case.heads, case.head_dim)
+        key = normal(total_k, case.hkv, case.head_dim)
+        value = normal(total_k, case.hkv, case.dv)
+        grad_out, grad_lse = normal(total_q, case.heads, case.dv), normal(case.heads, total_q)
+    if case.layout == "expanded":
+        key, value = key[:1].expand_as(key), value[:1].expand_as(value)
+    slopes = None
+    if case.alibi is not None:
+        slopes = torch.rand((case.sequences, case.heads) if case.alibi == "BH" else (case.heads,), generator=generator)
+        slopes = slopes.to(device)
+    mask = _random_mask(case, dtype, generator)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Inputs(
+        query=(query * case.magnitude).to(device, dtype),
+        key=(key * case.magnitude).to(device, dtype),
+        value=value.to(device, dtype),
+        attn_mask=None if mask is None else mask.to(device),
+        sinks=normal(case.heads).to(device, wide) if case.sinks else None,
+        alibi_slopes=slopes,
+        grad_out=grad_out.to(device, dtype),
+        grad_lse=grad_lse.to(device, wide),
+    )
+
+
+def problems(case: Case, inputs: Inputs, kept: list[Tensor] | None = None) -> list[Dense]:
+    """The case as explicit dense problems: one, or one for each packed sequence (tensors are views)."""
+    device = inputs.query.device
+    lengths = [(case.q_len, case.k_len)] * case.batch if case.packed is None else list(zip(*case.packed, strict=True))
+    seen = [visible_keys(case, b, *lengths[b]).to(device) for b in range(case.sequences)]
+    distance = [distances(case, b, *lengths[b]).to(device) for b in range(case.sequences)]
+    slopes = inputs.alibi_slopes
+    if slopes is not None and slopes.ndim == 1:
+        slopes = slopes.expand(case.sequences, case.heads)
+    if case.packed is None:
+        empty = torch.zeros(0, case.q_len, case.k_len, device=device)
+        return [
+            Dense(
+                inputs.query,
+                inputs.key,
+                inputs.value,
+                seen=(torch.stack(seen) if seen else empty.bool())[:, None],
+                mask=inputs.attn_mask,
+                slopes=slopes,
+                distance=(torch.stack(distance) if distance else empty.long())[:, None],
+                sinks=inputs.sinks,
+                kept=kept[0] if kept else None,
+            )
+        ]
+    found = []
+    row = column = 0
+    for b, (q_len, k_len) in enumerate(lengths):
+        mask = inputs.attn_mask
+        if mask is not None:
+            mask = mask[b : b + 1] if mask.shape[0] > 1 else mask
+            mask = mask[:, :, :q_len] if mask.shape[2] > 1 else mask
+            mask = mask[..., :k_len] if mask.shape[3] > 1 else mask
+        found.append(
+            Dense(
+                inputs.query[row : row + q_len].transpose(0, 1)[None],
+                inputs.key[column : column + k_len].transpose(0, 1)[None],
+                inputs.value[column : column + k_len].transpose(0, 1)[None],
+                seen=seen[b][None, None],
+                mask=mask,
+                slopes=None if slopes is None else slopes[b : b + 1],
+                distance=distance[b][None, None],
+                sinks=inputs.sinks,
+                kept=kept[b] if kept else None,
+            )
+        )
+        row, column = row + q_len, column + k_len
+    return found
+
+
+def join(case: Case, parts: list[Tensor], rows_at: int) -> Tensor:
+    """Results of ``problems`` in the shape of the public function's; ``rows_at``: their axis of queries or keys."""
+    if case.packed is None:
+        return parts[0]
+    joined = torch.cat(parts, rows_at)[0]
+    return joined.transpose(0, 1) if joined.ndim == 3 else joined
+
+
+def poison(case: Case, inputs: Inputs) -> Inputs:
+    """NaN in every key and value that the interval of no row contains."""
+    unseen = join(case, [~p.seen.any(2)[..., None] for p in problems(case, inputs)], rows_at=2)
+    nan = float("nan")
+    return replace(inputs, key=inputs.key.masked_fill(unseen, nan), value=inputs.value.masked_fill(unseen, nan))
+
+
+def lay_out(case: Case, inputs: Inputs) -> Inputs:
+    """The same values in the memory layout of the case."""
+    if case.layout == "bshd":
+
+        def bshd(t: Tensor) -> Tensor:
+            return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+        return replace(inputs, query=bshd(inputs.query), key=bshd(inputs.key), value=bshd(inputs.value))
+    if case.layout == "packed_qkv":
+        qkv_BS3HD = torch.stack([t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value)], 2)
+        query, key, value = (qkv_BS3HD[:, :, n].transpose(1, 2) for n in range(3))
+        return replace(inputs, query=query, key=key, value=value)
+    if case.layout == "sliced":
+
+        def sliced(t: Tensor) -> Tensor:
+            batch, heads, rows, dim = t.shape
+            wider = t.new_full((batch, heads, rows + 3, dim + 5), float("nan"))
+            wider[:, :, 2 : rows + 2, 3 : dim + 3] = t
+            return wider[:, :, 2 : rows + 2, 3 : dim + 3]
+
+        return replace(inputs, query=sliced(inputs.query), key=sliced(inputs.key), value=sliced(inputs.value))
+    if case.layout == "expanded":
+        return replace(inputs, key=inputs.key[:1].expand_as(inputs.key), value=inputs.value[:1].expand_as(inputs.value))
+    return inputs
+
+
+def options(case: Case, inputs: Inputs) -> dict[str, Any]:
+    """The keyword arguments of the public function that the case sets."""
+    device = inputs.query.device
+
+    def per_sequence(value: int | tuple[int, ...] | None) -> int | Tensor | None:
+        return torch.tensor(value, dtype=torch.int32, device=device) if isinstance(value, tuple) else value
+
+    chosen = {
+        "attn_mask": inputs.attn_mask,
+        "causal": case.causal,
+        "window": case.window,
+        "query_start": per_sequence(case.query_start),
+        "key_start": per_sequence(case.key_start),
+        "key_lengths": per_sequence(case.key_lengths),
+        "softcap": case.softcap,
+        "alibi_slopes": inputs.alibi_slopes,
+        "sinks": inputs.sinks,
+        "dropout_p": case.dropout_p,
+        "scale": case.scale,
+        "return_lse": case.lse,
+        "deterministic": case.deterministic,
+    }
+    return {name: value for name, value in chosen.items() if value is not None and value is not False}
+
+
+def call(case: Case, inputs: Inputs, backend: str | None) -> tuple[Tensor, Tensor | None]:
+    """The public function on the case: (out, lse or None)."""
+    import fastattn
+
+    result: Any
+    if case.packed is None:
+        result = fastattn.attention(inputs.query, inputs.key, inputs.value, backend=backend, **options(case, inputs))
+    else:
+        cu_q, cu_k = (
+            torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=inputs.query.device)
+            for lengths in case.packed
+        )
+        result = fastattn.attention_varlen(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            cu_q,
+            cu_k,
+            max(case.packed[0]),
+            max(case.packed[1]),
+            backend=backend,
+            **options(case, inputs),
+        )
+    return result if case.lse else (result, None)

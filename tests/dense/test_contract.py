@@ -1,0 +1,109 @@
+"""The feature grid on every backend: right where its capability table says yes, a clear refusal where it says no.
+
+A case fails where the output, the LSE or any gradient is further from the float64 reference than twice (gradients:
+three times) plain PyTorch math of the same dtype, where NaN outside the key interval or in a fresh buffer gets into a
+result, where a row without keys is not exactly zero, and where a backend runs or refuses against its table.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from fastattn import verify
+from fastattn.backends import FEATURES, capabilities
+from fastattn.verify.cases import GRID, Case
+
+OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64)
+
+
+def _targets() -> list[tuple[str, str]]:
+    present = [
+        c.backend for c in capabilities("dense") if not c.unavailable() and (not c.devices or "cpu" in c.devices)
+    ]
+    return [(backend, isa) for backend in present for isa in verify.instruction_sets(backend)]
+
+
+def _spread() -> list[tuple[Case, torch.dtype, str, str]]:
+    """float32 on each backend's best instruction set: every case. Each other combination: a third of them, in turn."""
+    chosen, combination = [], 0
+    best: set[str] = set()
+    for backend, isa in _targets():  # the best instruction set first
+        for dtype in (torch.float32, *OTHER_DTYPES):
+            everything = dtype == torch.float32 and backend not in best
+            cases = GRID if everything else GRID[combination % 3 :: 3]
+            combination += 0 if everything else 1
+            chosen += [(case, dtype, backend, isa) for case in cases]
+        best.add(backend)
+    return chosen
+
+
+def _name(parameters: tuple[Case, torch.dtype, str, str]) -> str:
+    case, dtype, backend, isa = parameters
+    return "-".join(filter(None, (backend, isa, str(dtype).removeprefix("torch."), case.name)))
+
+
+@pytest.mark.parametrize("parameters", _spread(), ids=_name)
+def test_case(parameters: tuple[Case, torch.dtype, str, str], seed: int) -> None:
+    case, dtype, backend, isa = parameters
+    with verify.forced_isa(isa):
+        result = verify.run_case(case, dtype, backend, "cpu", seed)
+    assert result.passed, result.message
+
+
+@pytest.mark.parametrize("backend", [c.backend for c in capabilities("dense")])
+def test_every_feature_of_the_table_has_a_case(backend: str) -> None:
+    """Fails where a table declares a feature that no case of the grid needs ("transforms" is tested in test_ops)."""
+    table = {c.backend: c for c in capabilities("dense")}[backend]
+    covered = frozenset[str]().union(*(case.features for case in GRID))
+    assert table.features - covered <= {"transforms"}
+    assert covered <= set(FEATURES)
+
+
+def test_case_names_are_unique() -> None:
+    """Fails where two cases share a name, which would merge their rows in the ledger."""
+    assert len({case.name for case in GRID}) == len(GRID)
+
+
+def _broken(defect: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, case: Case) -> verify.CaseResult:
+    """The grid's verdict on a backend with a defect planted into its results."""
+    from fastattn.verify import check
+
+    honest = check.run_backend
+
+    def dishonest(case: Case, inputs, backend: str, seed: int) -> dict[str, torch.Tensor]:
+        found = honest(case, inputs, backend, seed)
+        if inputs.query.dtype == torch.float64:  # the oracle's own run
+            return found
+        if defect == "unwritten":
+            found["out"] = found["out"].clone()
+            found["out"][-1, -1, -1, -1] = torch.nan
+        elif defect == "scaled gradient":
+            found["grad_key"] = found["grad_key"] * 1.05
+        elif defect == "leak":
+            found["grad_value"] = found["grad_value"] + 1e-30
+        return found
+
+    check.expected.cache_clear()
+    monkeypatch.setattr(check, "run_backend", dishonest)
+    try:
+        return check.run_case(case, dtype, "reference", "cpu", 5)
+    finally:
+        check.expected.cache_clear()
+
+
+@pytest.mark.parametrize("defect", ["unwritten", "scaled gradient", "leak"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bar_catches(defect: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where the grid would pass a backend that skips one element, is 5 % off, or leaks past the keys."""
+    case = verify.find_case("key_lengths")
+    assert not _broken(defect, dtype, monkeypatch, case).passed
+
+
+def test_all_combinations_are_walked() -> None:
+    """Fails where a backend and instruction set of this machine gets no case in some dtype."""
+    walked = {(backend, isa, dtype) for _, dtype, backend, isa in _spread()}
+    expected = {(b, i, d) for (b, i), d in product(_targets(), (torch.float32, *OTHER_DTYPES))}
+    assert walked == expected
