@@ -1,0 +1,72 @@
+"""What a call costs besides its kernel: a tiny problem through every layer of fastattn, beside SDPA.
+
+The design allows the whole path 20 microseconds over the kernel.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn
+from fastattn import _extension
+from fastattn.bench.report import make_console, table
+from fastattn.bench.timing import Timing, clock_for, interleave
+from fastattn.dense import native
+from fastattn.dense.api import _problem
+from fastattn.dense.problem import allocate_forward
+
+ALLOWED_US = 20.0
+SHAPE = (1, 2, 8, 16)
+
+
+def calls(device):
+    """(name, function) from the bare kernel outwards; those that this machine has."""
+    query, key, value = (torch.randn(SHAPE, device=device) for _ in range(3))
+    trained = [t.clone().requires_grad_() for t in (query, key, value)]
+    named = {}
+    core, _ = _extension.load()
+    if core is not None and device.type == "cpu":
+        problem = _problem(query, key, value, causal=True)
+        out, lse = allocate_forward(problem)
+        params = native._params(core, problem, query, key, value)
+        params.out, params.lse = native._view(out), native._lse_view(lse)
+
+        def kernel(alive=(query, key, value, out, lse)):  # params holds their bare pointers
+            core.cpu_dense_forward(params)
+
+        named["kernel"] = kernel
+        named["op"] = lambda: torch.ops.fastattn.dense_forward(*problem.args())
+    named["attention"] = lambda: fastattn.attention(query, key, value, causal=True)
+    named["attention, recording gradients"] = lambda: fastattn.attention(*trained, causal=True)
+    named["SDPA"] = lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    named["SDPA, recording gradients"] = lambda: F.scaled_dot_product_attention(*trained, is_causal=True)
+    return named
+
+
+def test_overhead(device, show):
+    """Prints the table; what is over the allowance is marked, not failed: a busy machine is not a defect."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        timings = interleave(calls(device), clock_for(device), budget_s=2.0, max_samples=200)
+    finally:
+        torch.set_num_threads(threads)
+    micro = {name: 1e6 * timing.median for name, timing in timings.items() if isinstance(timing, Timing)}
+    assert len(micro) == len(timings), timings
+    kernel = micro.get("kernel")
+    shown = table("call", "us", "over the kernel", left=("call",))
+    for name, value in micro.items():
+        over = "" if kernel is None or name.startswith("SDPA") else f"{value - kernel:.1f} us"
+        shown.add_row(name, f"{value:.1f}", over)
+    console = make_console()
+    show(console.print, f"One call on {SHAPE}, 1 thread; allowed over the kernel: {ALLOWED_US:.0f} us")
+    show(console.print, shown)
+
+
+@pytest.mark.parametrize("name", ["kernel", "op", "attention", "attention, recording gradients", "SDPA"])
+def test_call(benchmark, device, finished, name):
+    named = calls(device)
+    if name not in named:
+        pytest.skip("no native kernels here")
+    benchmark.group = "overhead"
+    benchmark(finished(named[name]))

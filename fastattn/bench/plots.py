@@ -1,0 +1,211 @@
+"""Pictures of a run: latency, memory and throughput against length. One style, readable without colour vision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastattn.bench.environment import headline
+from fastattn.bench.report import MODE_NAMES, length_name
+from fastattn.bench.results import OK, Results, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette (2008), which the common kinds of colour blindness can tell apart; markers differ as well.
+STYLES = {
+    "naive": ("#D55E00", "o"),
+    "sdpa": ("#0072B2", "s"),
+    "fastattn": ("#009E73", "D"),
+}
+OTHER_STYLES = (("#CC79A7", "^"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"), ("#999999", "*"))
+OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
+
+Value = Callable[[Row], "float | None"]
+Finish = Callable[["Axes", list[Row]], None]
+
+NAMES = {"naive": "naive attention", "sdpa": "torch SDPA", "fastattn": "fastattn"}
+
+RC: dict[Any, Any] = {
+    "figure.dpi": 130,
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+    "legend.frameon": False,
+    "axes.titlesize": 10.5,
+}
+
+
+def style_of(name: str, names: Sequence[str]) -> tuple[str, str]:
+    """(colour, marker) of an implementation, stable for the three that are always there."""
+    if name in STYLES:
+        return STYLES[name]
+    others = [n for n in names if n not in STYLES]
+    return OTHER_STYLES[others.index(name) % len(OTHER_STYLES)]
+
+
+def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
+    """Logarithmic, labelled at the lengths that were measured."""
+    ticks = sorted(set(lengths))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [length_name(n) for n in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.4)
+    axes.set_xlabel("sequence length")
+
+
+def plain_log_axis(axes: Axes) -> None:
+    """A logarithmic vertical axis with plain numbers (0.1, 1, 10) instead of powers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def slope_guide(axes: Axes, slope: int, anchor: tuple[float, float], end: float) -> None:
+    """A thin dashed line that grows as length**slope from `anchor`; slope 1 or 2."""
+    (x, y), top = anchor, anchor[1] * (end / anchor[0]) ** slope
+    axes.plot([x, end], [y, top], linestyle=(0, (4, 4)), color="#777777", linewidth=0.9, zorder=1)
+    axes.annotate({1: "~L", 2: "~L²"}[slope], (end, top), color="#777777", fontsize=8, xytext=(3, 0), **OFFSET)
+
+
+def new_figure(
+    rows: int, columns: int, width: float | None = None, height: float | None = None
+) -> tuple[Figure, list[list[Axes]]]:
+    """A grid of panels, sizes in inches."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(RC):
+        # A plain figure on the file backend: no display, and nothing left behind in pyplot's global list.
+        figure = Figure(figsize=(width or max(6.0, 3.7 * columns), height or 0.9 + 3.1 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(rows, columns, squeeze=False)
+    return figure, [list(row) for row in panels]
+
+
+def save(figure: Figure, path: Path, title: str, facts: str) -> Path:
+    """Write the picture with its title, and the hardware it was measured on below it."""
+    from matplotlib import rc_context
+
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.supxlabel(facts, fontsize=7.5, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context(RC):
+        figure.savefig(path)
+    return path
+
+
+def _panels(results: Results) -> tuple[list[str], list[tuple[str, bool]]]:
+    modes = list(dict.fromkeys(row.problem.mode for row in results.rows))
+    kinds = list(dict.fromkeys((row.problem.dtype, row.problem.causal) for row in results.rows))
+    return modes, kinds
+
+
+def _draw(results: Results, head_dim: int, value: Value, ylabel: str, finish: Finish) -> Figure:
+    names = list(dict.fromkeys(row.implementation for row in results.rows))
+    modes, kinds = _panels(Results(results.environment, {}, {}, tuple(_of(results, head_dim))))
+    figure, panels = new_figure(len(modes), len(kinds))
+    drawn: dict[str, Any] = {}
+    for line, mode in zip(panels, modes, strict=True):
+        for axes, (dtype, causal) in zip(line, kinds, strict=True):
+            rows = [
+                row
+                for row in _of(results, head_dim)
+                if (row.problem.mode, row.problem.dtype, row.problem.causal) == (mode, dtype, causal)
+            ]
+            if not rows:
+                axes.set_visible(False)
+                continue
+            for name in names:
+                mine = [row for row in rows if row.implementation == name and row.status == OK]
+                points = [(row.problem.seqlen, v) for row in mine if (v := value(row))]
+                if points:
+                    colour, marker = style_of(name, names)
+                    (drawn[name],) = axes.plot(*zip(*points, strict=True), color=colour, marker=marker)
+            length_axis(axes, (row.problem.seqlen for row in rows))
+            axes.set_title(f"{MODE_NAMES[mode]}, {dtype}, {'causal' if causal else 'full'}")
+            finish(axes, rows)
+        line[0].set_ylabel(ylabel)
+    figure.legend(list(drawn.values()), [NAMES.get(n, n) for n in drawn], loc="outside upper right", ncols=len(drawn))
+    return figure
+
+
+def _of(results: Results, head_dim: int) -> list[Row]:
+    return [row for row in results.rows if row.problem.head_dim == head_dim]
+
+
+def _growth_guides(axes: Axes, rows: list[Row], value: Value, slopes: Sequence[int]) -> None:
+    lengths = sorted({row.problem.seqlen for row in rows})
+    values = [v for row in rows if (v := value(row)) and row.status == OK]
+    if not values:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#777777")
+        axes.set_yticks([])
+        return
+    plain_log_axis(axes)
+    bottom = min(values) * 0.6
+    for slope in slopes:
+        slope_guide(axes, slope, (lengths[0], bottom), lengths[-1])
+
+
+def _mark_missing(axes: Axes, rows: list[Row], names: Sequence[str]) -> None:
+    """Crosses at the upper edge, where an implementation ran out of memory or was not run for it."""
+    for row in rows:
+        if row.status == "oom" or (row.status == "skipped" and "memory" in row.reason):
+            colour, _ = style_of(row.implementation, names)
+            axes.plot(
+                row.problem.seqlen, 0.97, "x", color=colour, transform=axes.get_xaxis_transform(), markersize=9, mew=2.2
+            )
+
+
+def plot_results(results: Results, directory: Path) -> list[Path]:
+    """Write latency, memory and throughput pictures for every head size; returns their paths."""
+    names = list(dict.fromkeys(row.implementation for row in results.rows))
+    facts = headline(results.environment).replace("\n", " | ")
+    head_dims = list(dict.fromkeys(row.problem.head_dim for row in results.rows))
+    written = []
+    for head_dim in head_dims:
+        first = _of(results, head_dim)[0].problem
+        shape = f"batch {first.batch}, {first.heads} heads, head size {head_dim}"
+        suffix = f"_d{head_dim}" if len(head_dims) > 1 else ""
+
+        def median(row: Row) -> float | None:
+            return row.median_ms
+
+        def memory(row: Row) -> float | None:
+            return row.extra_mib
+
+        def rate(row: Row) -> float | None:
+            return row.gflops
+
+        def finish_latency(axes: Axes, rows: list[Row]) -> None:
+            _growth_guides(axes, rows, median, (1, 2))
+            _mark_missing(axes, rows, names)
+
+        def finish_memory(axes: Axes, rows: list[Row]) -> None:
+            _growth_guides(axes, rows, memory, (1, 2))
+            _mark_missing(axes, rows, names)
+
+        def finish_rate(axes: Axes, rows: list[Row]) -> None:
+            peak = results.peaks.get(rows[0].problem.dtype, {})
+            best = max((rate or 0.0 for rate in peak.values()), default=0.0)
+            axes.set_ylim(0, 1.12 * max([best, *(row.gflops or 0.0 for row in rows)]))
+            if best:
+                axes.axhline(best, color="#777777", linestyle=(0, (4, 4)), linewidth=0.9)
+                place = ("axes fraction", "data")
+                axes.annotate("matmul peak", (0.02, best), xycoords=place, fontsize=8, color="#777777", va="bottom")
+
+        for stem, value, ylabel, finish, title in (
+            ("latency", median, "milliseconds", finish_latency, "Latency"),
+            ("memory", memory, "peak extra MiB", finish_memory, "Peak memory above the inputs"),
+            ("throughput", rate, "GFLOP/s", finish_rate, "Throughput"),
+        ):
+            figure = _draw(results, head_dim, value, ylabel, finish)
+            written.append(save(figure, directory / f"{stem}{suffix}.png", f"{title}: {shape}", facts))
+    return written

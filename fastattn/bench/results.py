@@ -1,0 +1,153 @@
+"""The record of a run: rows with everything needed to judge them, as versioned JSON and as an append-only CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from fastattn.bench.environment import Environment, hardware
+from fastattn.bench.suites import Problem
+
+SCHEMA = "fastattn.bench/1"
+
+# status -> does the row carry a time
+OK, WRONG, SKIPPED, OOM, FAILED = "ok", "wrong", "skipped", "oom", "failed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation on one problem. Times are milliseconds per call; fields that were not measured are None.
+
+    `max_error` is the error nearest to (or furthest above) its bar, relative to the largest reference value;
+    `extra_mib` the peak memory above the inputs, outputs and gradients included. `speedup` maps "naive" and "sdpa" to
+    the ratio of medians, and is empty for a result that failed its accuracy check.
+    """
+
+    problem: Problem
+    implementation: str
+    kernel: str = ""
+    status: str = OK
+    reason: str = ""
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    samples: int = 0
+    gflops: float | None = None
+    peak_fraction: float | None = None
+    extra_mib: float | None = None
+    max_error: float | None = None
+    error_bar: float | None = None
+    checked: str = ""
+    speedup: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run: where, how, the machine's peaks by dtype (GFLOP/s) and the rows."""
+
+    environment: Environment
+    settings: dict[str, object]
+    peaks: dict[str, dict[str, float | None]]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> str:
+        means = [asdict(mean) for mean in geometric_means(self.rows)]
+        return json.dumps({"schema": SCHEMA, **asdict(self), "geometric_means": means}, indent=1)
+
+    def write_json(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json() + "\n")
+
+    @classmethod
+    def read_json(cls, path: Path) -> Results:
+        """Load what `write_json` wrote.
+
+        Raises:
+            ValueError: the file is not a result of this schema.
+        """
+        try:
+            document = json.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read as a benchmark result ({error})") from error
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"{path}: expected schema {SCHEMA!r}, found {schema!r}")
+        rows = tuple(Row(**{**row, "problem": Problem(**row["problem"])}) for row in document["rows"])
+        return cls(document["environment"], document["settings"], document["peaks"], rows)
+
+    def append_csv(self, path: Path) -> None:
+        """Append one line per row; the columns are stable, so one file can collect many runs.
+
+        Raises:
+            ValueError: the file exists with other columns.
+        """
+        lines = list(self._csv_lines())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists() or path.stat().st_size == 0
+        if not new:
+            with path.open(newline="") as existing:
+                header = next(csv.reader(existing), [])
+            if tuple(header) != CSV_COLUMNS:
+                raise ValueError(f"{path}: has other columns than this version writes; name another file")
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, CSV_COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerows(lines)
+
+    def _csv_lines(self) -> Iterable[dict[str, object]]:
+        facts = self.environment
+        run = {
+            "time": facts.get("time"),
+            "commit": facts.get("commit"),
+            "version": facts.get("fastattn"),
+            "torch": facts.get("torch"),
+            "hardware": hardware(facts),
+        }
+        for row in self.rows:
+            line: dict[str, object] = {**run, **asdict(row.problem)}
+            line |= {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in ("problem", "speedup")}
+            line |= {"vs_naive": row.speedup.get("naive"), "vs_sdpa": row.speedup.get("sdpa")}
+            yield line
+
+
+CSV_COLUMNS = (
+    *("time", "commit", "version", "torch", "hardware"),
+    *(f.name for f in fields(Problem)),
+    *(f.name for f in fields(Row) if f.name not in ("problem", "speedup")),
+    *("vs_naive", "vs_sdpa"),
+)
+
+
+@dataclass(frozen=True)
+class GeometricMean:
+    """Mean speed-up of one implementation over another, over the cases of one (mode, dtype, mask, head size)."""
+
+    implementation: str
+    against: str
+    mode: str
+    dtype: str
+    causal: bool
+    head_dim: int
+    mean: float
+    lowest: float
+    cases: int
+
+
+def geometric_means(rows: Iterable[Row]) -> list[GeometricMean]:
+    """Speed-ups of fastattn's rows that passed their check, grouped as the tables are."""
+    groups: dict[tuple[str, str, str, str, bool, int], list[float]] = {}
+    for row in rows:
+        if not row.implementation.startswith("fastattn"):
+            continue
+        p = row.problem
+        for against, ratio in row.speedup.items():
+            groups.setdefault((row.implementation, against, p.mode, p.dtype, p.causal, p.head_dim), []).append(ratio)
+    return [
+        GeometricMean(*key, math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios), len(ratios))
+        for key, ratios in groups.items()
+    ]

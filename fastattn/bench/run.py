@@ -1,0 +1,190 @@
+"""Measure problems: check, meter and time every implementation of each, and put the rows together."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastattn.bench.accuracy import Judge
+from fastattn.bench.environment import environment
+from fastattn.bench.memory import MIB, AllocationMeter, available_memory, is_out_of_memory
+from fastattn.bench.peaks import Peak, measure_peaks
+from fastattn.bench.plan import TimePlan
+from fastattn.bench.results import FAILED, OOM, SKIPPED, WRONG, Results, Row
+from fastattn.bench.suites import Implementation, Problem
+from fastattn.bench.timing import Timing, clock_for, interleave
+
+Progress = Callable[[int, int, str], None]  # problems done, problems in all, what comes next
+
+# Of the memory that is free, what one implementation may be expected to use: estimates are low.
+MEMORY_SHARE = 0.7
+
+MIN_SAMPLES = 3
+BASELINES = ("naive", "sdpa")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: seconds for everything (None: no limit), memory in bytes one implementation may need."""
+
+    device: torch.device
+    time_limit_s: float | None = None
+    memory_limit: int | None = None
+    max_samples: int = 30
+
+
+def make_step(problem: Problem, attend: Callable, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Callable[[], tuple]:
+    """One call of what is timed; returns (out,) or (out, grad_query, grad_key, grad_value)."""
+    query, key, value, grad_out = inputs
+    if problem.mode == "fwd":
+
+        def forward() -> tuple:
+            with torch.no_grad():
+                return (attend(query, key, value),)
+
+        return forward
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+
+    def forward_backward() -> tuple:
+        out = attend(*leaves)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad_out))
+
+    return forward_backward
+
+
+def _failure(row: Row, error: BaseException) -> Row:
+    lines = str(error).strip().splitlines()
+    reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return replace(row, status=OOM if is_out_of_memory(error) else FAILED, reason=reason[:200])
+
+
+def measure(
+    problem: Problem, implementations: Sequence[Implementation], settings: Settings, plan: TimePlan, index: int
+) -> list[Row]:
+    """The rows of one problem, in the order of `implementations`; speed-ups and fractions are not yet filled in."""
+    started = time.perf_counter()
+    allowance = plan.allowance(index)
+    limit = settings.memory_limit or int(MEMORY_SHARE * available_memory(settings.device))
+    inputs = problem.inputs(settings.device)
+    judge: Judge | None = None
+    rows: dict[str, Row] = {}
+    steps: dict[str, Callable[[], tuple]] = {}
+    warm: dict[str, float] = {}
+    for impl in implementations:
+        row = Row(problem, impl.name)
+        needed = impl.estimate(problem)
+        slow = plan.too_slow(impl.name, problem, MIN_SAMPLES + 1, allowance)
+        if needed > limit:
+            reason = f"needs more memory than there is (about {needed / MIB:,.0f} MiB of {limit / MIB:,.0f})"
+            rows[impl.name] = replace(row, status=SKIPPED, reason=reason)
+            continue
+        if slow:
+            rows[impl.name] = replace(row, status=SKIPPED, reason=slow)
+            continue
+        try:
+            kernel, attend = impl.bind(problem)
+            row = replace(row, kernel=kernel)
+            step = make_step(problem, attend, inputs)
+            if settings.device.type == "cuda":
+                step()  # compilation and autotuning are neither the kernel's memory nor its time
+            before = time.perf_counter()
+            with AllocationMeter(settings.device) as meter:
+                results = step()
+            warm[impl.name] = time.perf_counter() - before
+            judge = judge or Judge(problem, inputs)
+            check = judge.check(results)
+            del results
+        except Exception as error:
+            rows[impl.name] = _failure(row, error)
+            continue
+        steps[impl.name] = step
+        error_now, bar = check.worst
+        rows[impl.name] = replace(
+            row,
+            status=row.status if check.passed else WRONG,
+            reason="" if check.passed else f"error {error_now:.1e} is over its bar {bar:.1e}",
+            extra_mib=meter.peak / MIB,
+            max_error=error_now,
+            error_bar=bar,
+            checked=judge.checked,
+        )
+    gc.collect()
+    timings = interleave(
+        steps,
+        clock_for(settings.device),
+        budget_s=max(0.0, allowance - (time.perf_counter() - started)),
+        warm_s=warm,
+        min_samples=MIN_SAMPLES,
+        max_samples=settings.max_samples,
+    )
+    for name, timing in timings.items():
+        if isinstance(timing, Timing):
+            plan.learn(name, problem, timing.median)
+            rows[name] = _timed(rows[name], timing)
+        else:
+            rows[name] = _failure(rows[name], timing)
+    return [rows[impl.name] for impl in implementations]
+
+
+def _timed(row: Row, timing: Timing) -> Row:
+    return replace(
+        row,
+        median_ms=1e3 * timing.median,
+        p20_ms=1e3 * timing.quantile(0.2),
+        p80_ms=1e3 * timing.quantile(0.8),
+        samples=len(timing.samples),
+        gflops=row.problem.flops / timing.median / 1e9,
+    )
+
+
+def compare_rows(rows: Sequence[Row], peak: Peak | None) -> list[Row]:
+    """Fill in fractions of the peak, and speed-ups where both results are right."""
+    medians = {row.implementation: row.median_ms for row in rows if row.status == "ok" and row.median_ms}
+    filled = []
+    for row in rows:
+        fraction = row.gflops / peak.best if row.gflops and peak and peak.best else None
+        speedup = {
+            base: medians[base] / medians[row.implementation]
+            for base in BASELINES
+            if base in medians and row.implementation in medians and base != row.implementation
+        }
+        filled.append(replace(row, peak_fraction=fraction, speedup=speedup))
+    return filled
+
+
+def run(
+    problems: Sequence[Problem],
+    implementations: Sequence[Implementation],
+    settings: Settings,
+    progress: Progress = lambda done, total, label: None,
+) -> Results:
+    """Measure all `problems` with all `implementations`; rows come in the order of `problems`.
+
+    The least work is measured first, so that a time limit cuts the longest problems, and of every kind.
+    """
+    progress(0, len(problems), "matrix-product peaks")
+    order = sorted(range(len(problems)), key=lambda i: problems[i].flops)
+    plan = TimePlan([problems[i] for i in order], settings.time_limit_s, settings.device.type)
+    peaks = measure_peaks((p.dtype for p in problems), settings.device)
+    measured: dict[int, list[Row]] = {}
+    for done, i in enumerate(order):
+        progress(done, len(problems), problems[i].label())
+        rows = measure(problems[i], implementations, settings, plan, done)
+        measured[i] = compare_rows(rows, peaks[problems[i].dtype])
+    progress(len(problems), len(problems), "done")
+    shown: dict[str, object] = {
+        "time_limit_s": settings.time_limit_s,
+        "max_samples": settings.max_samples,
+        "implementations": [impl.name for impl in implementations],
+    }
+    return Results(
+        environment(settings.device),
+        shown,
+        {dtype: asdict(peak) for dtype, peak in peaks.items()},
+        tuple(row for i in range(len(problems)) for row in measured[i]),
+    )

@@ -1,0 +1,205 @@
+"""Fails if FLOPs are miscounted, a wrong result gets a speed-up, or a failure is lost instead of being a row."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fastattn.bench.accuracy import Judge, one_head
+from fastattn.bench.peaks import Peak
+from fastattn.bench.presets import CPU_TARGETS, PRESETS, Target, judge_target
+from fastattn.bench.results import Results, Row
+from fastattn.bench.run import Settings, compare_rows, run
+from fastattn.bench.suites import Implementation, Problem, grid, implementation
+from fastattn.dense.naive import naive_attention
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_peaks(monkeypatch):
+    monkeypatch.setattr("fastattn.bench.run.measure_peaks", lambda dtypes, device: dict.fromkeys(dtypes, Peak(100.0)))
+
+
+def test_flops():
+    problem = Problem(1024, head_dim=64, heads=4, batch=2)
+    forward = 4 * 2 * 4 * 1024**2 * 64
+    assert problem.flops == forward
+    assert Problem(1024, heads=4, batch=2, causal=True).flops == forward / 2
+    assert Problem(1024, heads=4, batch=2, mode="fwdbwd").flops == 3.5 * forward
+
+
+def test_flops_agree_with_torchs_own_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    problem = Problem(128, head_dim=32, mode="fwdbwd")
+    q, k, v, grad_out = problem.inputs(CPU)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(naive_attention(*leaves), leaves, grad_out)
+    # Naive keeps its matrix; the 2.5 of the convention counts the one product that a fused backward repeats.
+    assert counter.get_total_flops() == problem.flops * 3.0 / 3.5
+
+
+def broken(name, change, **kwargs):
+    """Naive attention with its result changed."""
+    return Implementation(
+        name, lambda problem: (name, lambda q, k, v: change(naive_attention(q, k, v, causal=problem.causal))), **kwargs
+    )
+
+
+def run_one(problem, *implementations, **settings):
+    rows = run([problem], implementations, Settings(CPU, **settings)).rows
+    return {row.implementation: row for row in rows}
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_right_results_pass_and_are_compared(mode, dtype):
+    problem = Problem(96, head_dim=16, dtype=dtype, causal=True, mode=mode)
+    rows = run_one(problem, *(implementation(name) for name in ("naive", "sdpa", "fastattn")), max_samples=3)
+    assert [row.status for row in rows.values()] == ["ok"] * 3, [row.reason for row in rows.values()]
+    assert rows["fastattn"].kernel in ("cpu", "reference")
+    assert set(rows["fastattn"].speedup) == {"naive", "sdpa"}
+    fast, naive = rows["fastattn"], rows["naive"]
+    assert fast.speedup["naive"] == pytest.approx(naive.median_ms / fast.median_ms)
+    assert fast.gflops == pytest.approx(problem.flops / fast.median_ms / 1e6)
+    assert fast.peak_fraction == pytest.approx(fast.gflops / 100.0)
+    assert 0 < naive.max_error <= naive.error_bar
+    assert naive.extra_mib * 2**20 >= 4 * 96 * 96 * problem.torch_dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda out: out * 1.0001, id="scaled by 1e-4"),
+        pytest.param(lambda out: torch.cat([out[:, :, 1:], out[:, :, :1]], 2), id="shifted by a row"),
+        pytest.param(lambda out: out.masked_fill(torch.ones_like(out).tril(-95).bool(), torch.nan), id="one NaN"),
+    ],
+)
+def test_wrong_results_get_no_speedup(change):
+    rows = run_one(Problem(96, head_dim=16), implementation("naive"), broken("fastattn", change), max_samples=3)
+    assert rows["fastattn"].status == "wrong"
+    assert "over its bar" in rows["fastattn"].reason
+    assert rows["fastattn"].speedup == {}
+    assert rows["fastattn"].median_ms > 0
+
+
+def test_a_wrong_gradient_is_wrong():
+    class HalfGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 0.999 * grad
+
+    problem = Problem(64, head_dim=16, mode="fwdbwd")
+    assert run_one(problem, broken("fastattn", HalfGradient.apply), max_samples=3)["fastattn"].status == "wrong"
+
+
+def test_a_wrong_baseline_is_not_a_baseline():
+    rows = run_one(
+        Problem(96, head_dim=16), broken("naive", torch.zeros_like), implementation("fastattn"), max_samples=3
+    )
+    assert rows["naive"].status == "wrong"
+    assert rows["fastattn"].status == "ok"
+    assert rows["fastattn"].speedup == {}
+
+
+def test_failures_are_rows_with_a_reason():
+    def no_memory(out):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    def no_kernel(out):
+        raise NotImplementedError("no kernel for this\nsecond line")
+
+    rows = run_one(
+        Problem(64, head_dim=16),
+        broken("oom", no_memory),
+        broken("missing", no_kernel),
+        broken("huge", lambda out: out, estimate=lambda problem: 1 << 60),
+        implementation("naive"),
+        max_samples=3,
+    )
+    assert (rows["oom"].status, rows["oom"].reason) == ("oom", "out of memory")
+    assert rows["missing"].status == "failed"
+    assert rows["missing"].reason == "NotImplementedError: no kernel for this"
+    assert rows["huge"].status == "skipped"
+    assert "MiB" in rows["huge"].reason
+    assert rows["naive"].status == "ok"
+    assert all(rows[name].median_ms is None for name in ("oom", "missing", "huge"))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference_head_agrees_with_autograd(causal):
+    """The judge's chunked formulas against autograd in float64."""
+    problem = Problem(100, head_dim=8, heads=1, kv_heads=1, dtype="float64", causal=causal, mode="fwdbwd")
+    q, k, v, grad_out = problem.inputs(CPU)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = naive_attention(*leaves, causal=causal)
+    expected = dict(
+        zip(("grad_query", "grad_key", "grad_value"), torch.autograd.grad(out, leaves, grad_out), strict=True)
+    )
+    expected["out"] = out.detach()
+    head = [t.detach()[0, 0] for t in (q, k, v, grad_out)]
+    got = one_head(*head, causal, None, chunk=32)
+    rows = torch.tensor([0, 17, 99])
+    spots = one_head(*head, causal, rows, chunk=2)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor[0, 0], rtol=1e-12, atol=1e-12)
+        if name in ("out", "grad_query"):
+            torch.testing.assert_close(spots[name], tensor[0, 0][rows], rtol=1e-12, atol=1e-12)
+
+
+def test_long_problems_are_checked_on_spots(monkeypatch):
+    monkeypatch.setattr("fastattn.bench.accuracy.LONGEST_WHOLE_HEAD", 128)
+    problem = Problem(200, head_dim=8, mode="fwdbwd", causal=True)
+    inputs = problem.inputs(CPU)
+    judge = Judge(problem, inputs)
+    assert judge.checked.startswith("out, grad_query: 128 rows")
+    leaves = [t.requires_grad_() for t in inputs[:3]]
+    out = naive_attention(*leaves, causal=True)
+    results = (out, *torch.autograd.grad(out, leaves, inputs[3]))
+    assert judge.check(results).passed
+    assert not judge.check((out * 1.001, *results[1:])).passed
+
+
+def test_grid_and_presets_keep_tables_together():
+    problems = grid((512, 1024), dtypes=("float32", "bfloat16"), causal=(False, True), modes=("fwd",))
+    assert len(problems) == 8
+    assert [p.seqlen for p in problems[:2]] == [512, 1024]
+    for preset in PRESETS.values():
+        problems = preset.problems()
+        assert len(set(problems)) == len(problems)
+        tables = [(p.mode, p.dtype, p.causal, p.head_dim) for p in problems]
+        assert len(set(tables)) == 1 + sum(a != b for a, b in pairwise(tables))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "met"), [((2.2, 2.2), True), ((1.9, 2.6), True), ((1.8, 9.0), False), ((2.1, 2.2), False), ((), False)]
+)
+def test_targets_need_the_mean_and_every_case(ratios, met):
+    rows = tuple(
+        Row(Problem(512 * (i + 1)), "fastattn", median_ms=1.0, speedup={"sdpa": ratio})
+        for i, ratio in enumerate(ratios)
+    )
+    assert judge_target(Target("fwd", "float32", False, 2.2), Results({}, {}, {}, rows)).met is met
+
+
+def test_every_target_has_cases_among_the_figures():
+    names = {(p.mode, p.dtype, p.causal) for p in PRESETS["figures"].problems()}
+    assert names >= {(t.mode, t.dtype, t.causal) for t in CPU_TARGETS}
+
+
+def test_unknown_implementations_are_named():
+    with pytest.raises(ValueError, match="no implementation 'magic'"):
+        implementation("magic")
+    with pytest.raises(ValueError, match="no SDPA backend 'magic'"):
+        implementation("sdpa:magic")
+
+
+def test_no_row_is_compared_with_itself():
+    row = Row(Problem(64), "sdpa", median_ms=2.0)
+    assert compare_rows([row], None)[0].speedup == {}

@@ -1,0 +1,155 @@
+"""Fails if a command breaks, exits with the wrong code, shows a traceback for a user's mistake, or loses its help."""
+
+import json
+from functools import partial
+
+import pytest
+from typer.testing import CliRunner
+
+from fastattn.bench.results import Results
+from fastattn.cli import app
+
+runner = CliRunner(env={"NO_COLOR": "1", "COLUMNS": "120", "TERM": "dumb"})
+TINY = ("--seqlen", "32,64", "--head-dim", "16", "--time-limit", "2", "--device", "cpu")
+
+
+def invoke(*arguments, code=0):
+    result = runner.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ((), ("info", "explain", "verify", "bench", "profile")),
+        (("bench",), ("--seqlen", "--preset", "--time-limit", "compare")),
+        (("bench", "compare"), ("--fail-on", "A.json")),
+        (("profile",), ("--model", "--seqlen")),
+        (("explain",), ("--window", "--dropout")),
+        (("verify",), ("--record", "--backend")),
+        (("info",), ()),
+    ],
+)
+def test_help(command, words):
+    text = invoke(*command, "--help")
+    for word in words:
+        assert word in text
+
+
+def test_info_names_every_backend_and_the_ledger():
+    text = invoke("info")
+    for word in ("fastattn", "torch", "CPU", "reference", "cpu", "Hardware ledger"):
+        assert word in text
+
+
+def test_explain_gives_reasons():
+    text = invoke("explain", "--dtype", "bf16", "--dropout", "0.1", "--device", "cpu")
+    line = next(line for line in text.splitlines() if line.strip().startswith("cpu"))
+    assert "dropout" in line or "not available" in line
+    assert "reference" in text
+
+
+def test_explain_exits_with_1_where_nothing_runs():
+    assert "head_dim" in invoke("explain", "--head-dim", "300", "--backend", "cpu", "--device", "cpu", code=1)
+
+
+def test_bench_writes_what_it_shows_and_compare_reads_it(tmp_path):
+    out = tmp_path / "out"
+    text = invoke("bench", *TINY, "--mode", "fwd", "--out", out)
+    assert "forward, float32, causal" in text
+    assert "Geometric means" in text
+    assert {path.name for path in out.iterdir()} == {
+        "bench.json",
+        "bench.csv",
+        "latency.png",
+        "memory.png",
+        "throughput.png",
+    }
+    document = json.loads((out / "bench.json").read_text())
+    rows = document["rows"]
+    assert [row["implementation"] for row in rows] == ["naive", "sdpa", "fastattn"] * 2
+    assert all(row["status"] == "ok" for row in rows), rows
+
+    assert "0 of 2 rows" in invoke("bench", "compare", out / "bench.json", out / "bench.json")
+    for row in rows:
+        if row["implementation"] == "fastattn":
+            row["median_ms"] *= 1.2
+    slower = tmp_path / "slower.json"
+    slower.write_text(json.dumps(document))
+    assert "slower" in invoke("bench", "compare", out / "bench.json", slower, code=1)
+    invoke("bench", "compare", out / "bench.json", slower, "--fail-on", "25%")
+
+
+def test_bench_keeps_going_past_an_implementation_that_cannot_run(tmp_path):
+    path = tmp_path / "r.json"
+    text = invoke("bench", *TINY, "--mode", "fwd", "--impl", "fastattn:nonsense,sdpa:cudnn,fastattn", "--json", path)
+    assert "failed" in text
+    assert [row.status for row in Results.read_json(path).rows] == ["failed", "failed", "ok"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "--seqlen", "many"), "not a length"),
+        (("bench", "--dtype", "int8"), "int8"),
+        (("bench", "--impl", "magic"), "no implementation 'magic'"),
+        (("bench", "--preset", "magic"), "quickstart"),
+        (("bench", "--heads", "3", "--kv-heads", "2"), "multiple"),
+        (("bench", "compare", "missing-a.json", "missing-b.json"), "missing-a.json"),
+        (("profile", "--model", "magic"), "op, layer, lm"),
+        (("profile", "--device", "abacus"), "abacus"),
+        (("explain", "--window", "7"), "LEFT,RIGHT"),
+        (("verify", "--backend", "magic"), "magic"),
+    ],
+)
+def test_mistakes_are_one_readable_line(arguments, message):
+    text = invoke(*arguments, code=2)
+    assert text.startswith("error: ")
+    assert message in text
+
+
+def test_missing_extra_is_named(monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def without_matplotlib(name, *args, **kwargs):
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    text = invoke("bench", *TINY, "--plot", "nowhere", code=2)
+    assert "matplotlib" in text
+    assert "fastattn[cli]" in text
+
+
+def test_profile_fits_and_writes(tmp_path):
+    text = invoke(
+        *("profile", "--model", "op", "--seqlen", "64..512", "--heads", "2", "--head-dim", "16"),
+        *("--out", tmp_path, "--device", "cpu"),
+    )
+    assert "quadratic" in text
+    assert "tokens" in text
+    document = json.loads((tmp_path / "profile_op.json").read_text())
+    growth = {g["implementation"]: g for g in document["growth"]}
+    assert growth["naive"]["dominant"] == "quadratic"
+    assert growth["naive"]["longest"] < growth["fastattn"]["longest"]
+    assert (tmp_path / "profile_op.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("passes", "code"), [(True, 0), (False, 1)])
+def test_verify_reports(monkeypatch, passes, code):
+    """On a few cases of the grid; the second time as if one had failed."""
+    import fastattn.verify
+    from fastattn.verify import GRID
+
+    monkeypatch.setattr(fastattn.verify, "verify", partial(fastattn.verify.verify, cases=GRID[:3]))
+    if not passes:
+        monkeypatch.setattr(fastattn.verify.Report, "passed", False)
+    text = invoke("verify", "--backend", "reference", "--dtype", "float64", "--device", "cpu", "--seed", "3", code=code)
+    assert ("all cases pass" if passes else "FAILED") in text
+    assert "3 of 3 cases" in text
+    assert "seed 3" in text
