@@ -193,11 +193,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
         first, second = runs
         lowest_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
         differences = [abs(a - b) for a, b in zip(first["losses"], second["losses"], strict=True)]
-        steps = [step for step, difference in enumerate(differences, 1) if difference > 0]
-        lowest_axes.semilogy(steps, [d for d in differences if d > 0], ".", ms=3, color=COLOURS[second["attention"]])
+        # Zeros have no logarithm and NaN no place; the table's verdict counts both.
+        shown = [(step, d) for step, d in enumerate(differences, 1) if 0 < d < math.inf]
+        steps, heights = [step for step, _ in shown], [d for _, d in shown]
+        lowest_axes.semilogy(steps, heights, ".", ms=3, color=COLOURS[second["attention"]])
         lowest_axes.plot([1, COMPARED_STEPS], [TOLERANCE, TOLERANCE], color="#b03030", lw=1.2)
         lowest_axes.text(1, TOLERANCE * 1.4, f"allowed in the first {COMPARED_STEPS} steps", va="bottom", fontsize=8)
-        lowest_axes.set_ylim(top=max(differences + [TOLERANCE]) * 10)
+        lowest_axes.set_ylim(top=10 * max([*heights, TOLERANCE]))
         lowest_axes.set_ylabel("|loss difference|\n(nats/byte)")
         loss_axes.tick_params(labelbottom=False)
     lowest_axes.set_xlabel("step")
@@ -208,8 +210,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         (1, "peak_bytes", 1e-6, "peak memory above\nstart of training (MB)"),
     ):
         axes = figure.add_subplot(grid[row, 1])
-        heights, colours = [(run[key] or 0) * scale for run in runs], [COLOURS[name] for name in names]
-        bars = axes.bar(names, heights, color=colours, width=0.6)
+        values, colours = [(run[key] or 0) * scale for run in runs], [COLOURS[name] for name in names]
+        bars = axes.bar(names, values, color=colours, width=0.6)
         axes.bar_label(bars, fmt="{:,.0f}", padding=2)
         axes.margins(y=0.15)
         axes.set_title(title, fontsize=10)

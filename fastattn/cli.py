@@ -172,7 +172,7 @@ def verify(
             report = run_grid(backend or None, where.type, dtypes, progress, seed=seed)
         console.print(headline(environment(where)), style="bold", markup=False)
         console.print(f"seed {report.seed}", style="dim")
-        console.print(report.summary(), markup=False)
+        console.print(report.summary(), markup=False, soft_wrap=True)
         verdict, style = ("all cases pass", "bold green") if report.passed else ("FAILED", "bold red")
         console.print(verdict, style=style)
         if record:
@@ -258,8 +258,8 @@ def bench(
                 written += plot_results(results, folder)
         if chosen and chosen.profile_seqlens:
             written += _profile("layer", list(chosen.profile_seqlens), ["naive", "fastattn"], where, out)
-        if written:
-            console.print("written: " + " ".join(str(path) for path in written), markup=False, soft_wrap=True)
+        for path in written:
+            console.print(f"written: {path}", markup=False, soft_wrap=True)
 
 
 def _problems(
@@ -306,9 +306,9 @@ def bench_compare(
 
         tolerance = parse_fraction(fail_on)
         comparison = compare(Results.read_json(old), Results.read_json(new), tolerance)
-        print_comparison(make_console(), comparison, tolerance)
         if not comparison.changes:
-            raise ValueError("the two runs have no row of fastattn in common")
+            raise ValueError("the two runs have no measured row of fastattn in common")
+        print_comparison(make_console(), comparison, tolerance)
         if comparison.regressions:
             raise typer.Exit(1)
 
@@ -340,8 +340,8 @@ def profile(
         written = _profile(
             what, parse_lengths(seqlen), names, _pick_device(device), out, dtype=parse_dtypes(dtype)[0], **shape
         )
-        if written:
-            typer.echo("written: " + " ".join(str(path) for path in written))
+        for path in written:
+            typer.echo(f"written: {path}")
 
 
 def _profile(

@@ -10,7 +10,7 @@ from fastattn.bench.results import Results
 from fastattn.cli import app
 
 runner = CliRunner(env={"NO_COLOR": "1", "COLUMNS": "120", "TERM": "dumb"})
-TINY = ("--seqlen", "32,64", "--head-dim", "16", "--time-limit", "2", "--device", "cpu")
+TINY = ("--seqlen", "32,64", "--head-dim", "16", "--time-limit", "60", "--device", "cpu")
 
 
 def invoke(*arguments, code=0):

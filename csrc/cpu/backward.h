@@ -38,7 +38,6 @@ class Backward {
     Elem *query_rows, *grad_out_rows;  // row panels [rows_ / kPack][columns]
     Real *grad_query;                  // [rows_][columns_]
     Real *lse2, *delta;                // [rows_]
-    Real *bias_sums;                   // [rows_], row sums of ds for a bias that broadcasts over the keys
     Real *grad_key, *grad_value;       // [keys_][columns], between the query heads of a group
     int32_t* turn;                     // [tiles_]
 
@@ -50,7 +49,6 @@ class Backward {
       grad_query = c.take<Real>(f.rows_ * f.columns_);
       lse2 = c.take<Real>(f.rows_);
       delta = c.take<Real>(f.rows_);
-      bias_sums = f.sums_bias_rows_ ? c.take<Real>(f.rows_) : nullptr;
       const int64_t kept_keys = f.group_ > 1 ? f.blocks_ * kBlock : 0;
       grad_key = c.take<Real>(kept_keys * f.columns_);
       grad_value = c.take<Real>(kept_keys * f.columns_v_);
@@ -93,7 +91,7 @@ class Backward {
         query_ld_(A::kPack == 1 ? columns_ : steps_qk_), value_ld_(A::kPack == 1 ? columns_v_ : steps_v_),
         rows_(round_up(p.seqlen_q, kTileRows)), tiles_(div_up(p.seqlen_q, kTile)), blocks_(div_up(p.seqlen_k, kBlock)),
         group_(group_size(p)), threads_(useful_threads(p)), negative_(p.scale < 0),
-        sums_bias_rows_(p.grad_mask.data && p.grad_mask.stride[3] == 0), scale_(Real(p.scale)),
+        row_bias_(p.grad_mask.data && p.grad_mask.stride[3] == 0), scale_(Real(p.scale)),
         magnitude_(Real(negative_ ? -p.scale : p.scale)) {
     const Real scale2 = Real((negative_ ? -p.scale : p.scale) * kLog2E);
     const Real smallest = Real(1.17549435e-38);
@@ -143,9 +141,8 @@ class Backward {
           const int64_t unit = item / tiles_;
           write_query(head_of(unit), batch_of(unit), query_head_of(unit), item % tiles_);
         });
-        if (sums_bias_rows_)
-          for (int64_t unit = 0; unit < count; ++unit)
-            write_bias_sums(head_of(unit), batch_of(unit), query_head_of(unit));
+        if (row_bias_)
+          for (int64_t unit = 0; unit < count; ++unit) add_row_bias_gradient(batch_of(unit), query_head_of(unit));
       }
     }
     return Status::kOk;
@@ -159,23 +156,25 @@ class Backward {
                                          j * view.stride[3]];
   }
 
+  // Rows that see no key, or whose lse says that a bias hid all of them, take no part in anything.
+  bool is_live(const Interval& interval, int64_t b, int64_t h, int64_t i) const {
+    return !interval.keys(i).empty() && at(p_.lse, b, h, i) != -infinity<Real>();
+  }
+
   void pack_tile(const Head& head, const Block& t, int64_t b, int64_t h, int64_t tile) const {
     const Interval interval(p_, b);
     const Range rows = tile_rows(tile);
     const Rows query(p_.query, p_.dtype, b, h, p_.head_dim);
     const Rows grad_out(p_.grad_out, p_.dtype, b, h, p_.head_dim_v);
+    row_deltas(head, t, b, h, rows);
     int64_t i = rows.begin;
     for (; i < rows.end; i += kTileRows) {
-      // Rows that see no key, or whose lse says that nothing was left of them, take no part at all.
       bool live[kTileRows];
-      Real delta[kTileRows];
-      row_deltas(t, b, h, {i, min64(i + kTileRows, rows.end)}, delta);
       for (int m = 0; m < kTileRows; ++m) {
         const int64_t r = i + m;
-        live[m] = r < rows.end && !interval.keys(r).empty() && at(p_.lse, b, h, r) != -infinity<Real>();
+        live[m] = r < rows.end && is_live(interval, b, h, r);
         head.lse2[r] = live[m] ? at(p_.lse, b, h, r) * Real(kLog2E) : infinity<Real>();
-        head.delta[r] = live[m] ? delta[m] : Real(0);
-        if (sums_bias_rows_) head.bias_sums[r] = 0;
+        if (!live[m]) head.delta[r] = 0;
       }
       for (int m = 0; m < kTileRows; m += 2) {
         const Range pair{i + m + !live[m], i + m + 1 + live[m + 1]};
@@ -191,21 +190,31 @@ class Backward {
     head.turn[tile] = int32_t(interval.keys(rows).begin / kBlock);
   }
 
-  // Summed in the order of the tile product, so that p (do v^T - delta) is exactly 0 where a row sees a single key.
-  void row_deltas(const Block& t, int64_t b, int64_t h, Range rows, Real* delta) const {
-    constexpr int ld = kMaxHeadDim;
-    static_assert(kTileRows * ld <= kTile * kPanelKeys, "the rows fit where the scores will be");
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const int64_t to = (i - rows.begin) * ld;
-      read_row(t.scores + to, element(p_.out, p_.dtype, b, h, i), p_.dtype, p_.head_dim_v);
-      read_row(t.grad_probs + to, element(p_.grad_out, p_.dtype, b, h, i), p_.dtype, p_.head_dim_v);
+  // A vector holds the sums of as many rows, so that each is summed in the order of the tile product: then
+  // p (do v^T - delta) is exactly 0 where a row sees a single key.
+  void row_deltas(const Head& head, const Block& t, int64_t b, int64_t h, Range rows) const {
+    static_assert(kLanes * kMaxHeadDim <= kTile * kPanelKeys, "the rows fit where the scores will be");
+    Real *outs = t.scores, *grads = t.grad_probs;
+    for (int64_t first = rows.begin; first < rows.end; first += kLanes) {
+      const int64_t count = min64(kLanes, rows.end - first);
+      stage_rows<Plain<Real>>(outs, columns_v_, Rows(p_.out, p_.dtype, b, h, p_.head_dim_v), first, kLanes, rows);
+      stage_rows<Plain<Real>>(grads, columns_v_, Rows(p_.grad_out, p_.dtype, b, h, p_.head_dim_v), first, kLanes, rows);
+      RealVec sum = RealVec{};
+      for (int64_t c = 0; c < columns_v_; c += kLanes) {
+        RealVec out[kLanes], grad[kLanes];
+#pragma GCC unroll 16
+        for (int m = 0; m < kLanes; ++m) {
+          out[m] = Reals::load(outs + m * columns_v_ + c);
+          grad[m] = Reals::load(grads + m * columns_v_ + c);
+        }
+        transpose_square<Real>(out);
+        transpose_square<Real>(grad);
+#pragma GCC unroll 16
+        for (int m = 0; m < kLanes; ++m) sum = sum + grad[m] * out[m];
+      }
+      for (int64_t m = 0; m < count; ++m)
+        head.delta[first + m] = sum[m] - (p_.grad_lse.data ? at(p_.grad_lse, b, h, first + m) : Real(0));
     }
-    Real sum[kTileRows] = {};
-    for (int64_t c = 0; c < p_.head_dim_v; ++c)
-#pragma GCC unroll 8
-      for (int m = 0; m < kTileRows; ++m) sum[m] += t.grad_probs[m * ld + c] * t.scores[m * ld + c];
-    for (int64_t i = rows.begin; i < rows.end; ++i)
-      delta[i - rows.begin] = sum[i - rows.begin] - (p_.grad_lse.data ? at(p_.grad_lse, b, h, i) : Real(0));
   }
 
   void key_block(const Head& head, const Block& t, int64_t b, int64_t h, int64_t member, int64_t block) const {
@@ -236,7 +245,7 @@ class Backward {
           if (!our_turn) wait_until(&head.turn[tile], int32_t(block));
           our_turn = true;
           panel_grad_query(head, t, groups, n);
-          if (p_.grad_mask.data) add_grad_bias(head, t, interval, b, query_head, seeing, groups.begin, panel);
+          if (p_.grad_mask.data && !row_bias_) add_grad_bias(t, interval, b, query_head, seeing, groups.begin, panel);
         }
         __atomic_store_n(&head.turn[tile], int32_t(block) + 1, __ATOMIC_RELEASE);
       }
@@ -341,24 +350,22 @@ class Backward {
           kPanelKeys / A::kPack, t.key_rows + n / A::kPack * columns_, columns_, head.grad_query + i * columns_, columns_);
   }
 
-  // Runs while this block has the tile's turn, so sums over keys have a fixed order too.
-  void add_grad_bias(const Head& head, const Block& t, const Interval& interval, int64_t b, int64_t h, Range seeing,
-                     int64_t first_row, Range panel) const {
-    const int64_t stride = p_.grad_mask.stride[3];
+  void add_grad_bias(const Block& t, const Interval& interval, int64_t b, int64_t h, Range seeing, int64_t first_row,
+                     Range panel) const {
     for (int64_t i = seeing.begin; i < seeing.end; ++i) {
       const Real* ds = t.grad_probs + (i - first_row) * kPanelKeys;
       const Range keys = intersect(interval.keys(i), panel);
-      if (sums_bias_rows_) {
-        for (int64_t j = keys.begin; j < keys.end; ++j) head.bias_sums[i] += ds[j - panel.begin];
-      } else {
-        Real* to = &at(p_.grad_mask, b, h, i);
-        for (int64_t j = keys.begin; j < keys.end; ++j) to[j * stride] += ds[j - panel.begin];
-      }
+      Real* to = &at(p_.grad_mask, b, h, i);
+      for (int64_t j = keys.begin; j < keys.end; ++j) to[j * p_.grad_mask.stride[3]] += ds[j - panel.begin];
     }
   }
 
-  void write_bias_sums(const Head& head, int64_t b, int64_t h) const {
-    for (int64_t i = 0; i < p_.seqlen_q; ++i) at(p_.grad_mask, b, h, i) += head.bias_sums[i];
+  // A bias that is the same for all keys of a row changes nothing but the row's lse, one for one.
+  void add_row_bias_gradient(int64_t b, int64_t h) const {
+    const Interval interval(p_, b);
+    if (!p_.grad_lse.data) return;
+    for (int64_t i = 0; i < p_.seqlen_q; ++i)
+      if (is_live(interval, b, h, i)) at(p_.grad_mask, b, h, i) += at(p_.grad_lse, b, h, i);
   }
 
   void write_query(const Head& head, int64_t b, int64_t h, int64_t tile) const {
@@ -372,7 +379,7 @@ class Backward {
   const int64_t steps_qk_, steps_v_, columns_, columns_v_, query_ld_, value_ld_;
   const int64_t rows_, tiles_, blocks_, group_;
   const int threads_;
-  const bool negative_, sums_bias_rows_;
+  const bool negative_, row_bias_;
   const Real scale_, magnitude_;
   Real scale2_;
 };

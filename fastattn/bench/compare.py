@@ -89,9 +89,12 @@ def compare(old: Results, new: Results, fail_on: float) -> Comparison:
     if old.environment.get("torch") != new.environment.get("torch"):
         warnings.append(f"different torch: {old.environment.get('torch')} and {new.environment.get('torch')}")
     before, after = _by_key(old), _by_key(new)
+    ours = {key for key in before.keys() | after.keys() if key[1].startswith("fastattn")}
+    # Skipped, or failing, in both: nothing to say.
+    idle = {key for key in ours & before.keys() & after.keys() if not (before[key].median_ms or after[key].median_ms)}
     changes = []
     for key, row in after.items():
-        if key not in before or not key[1].startswith("fastattn"):
+        if key not in ours - idle or key not in before:
             continue
         change = Change(
             *key,
@@ -102,5 +105,4 @@ def compare(old: Results, new: Results, fail_on: float) -> Comparison:
             _ratio(row.extra_mib, before[key].extra_mib),
         )
         changes.append(Change(**{**change.__dict__, "verdict": _verdict(change, fail_on, same)}))
-    unmatched = sum(key[1].startswith("fastattn") for key in before.keys() ^ after.keys())
-    return Comparison(tuple(changes), tuple(warnings), unmatched)
+    return Comparison(tuple(changes), tuple(warnings), len(ours - idle) - len(changes))

@@ -36,6 +36,7 @@ class TimePlan:
         self._now = now
         self._start = now()
         self._seconds_per_flop: dict[tuple[str, str, str], float] = {}
+        self._compile_s: dict[str, float] = {}
 
     def allowance(self, index: int) -> float:
         """Seconds that problem `index` may take."""
@@ -51,6 +52,10 @@ class TimePlan:
         # The best rate so far: short problems are slower per operation than the longer ones that follow.
         self._seconds_per_flop[key] = min(seconds / problem.flops, self._seconds_per_flop.get(key, float("inf")))
 
+    def learn_compilation(self, implementation: str, seconds: float) -> None:
+        """Note what a first call took, which every further problem pays again."""
+        self._compile_s[implementation] = seconds
+
     def too_slow(self, implementation: str, problem: Problem, calls: int, allowance_s: float) -> str | None:
         """Why `calls` calls would not fit the allowance, judging by the best rate seen; None if they do."""
         rate = self._seconds_per_flop.get((implementation, problem.dtype, problem.mode))
@@ -60,7 +65,9 @@ class TimePlan:
             return "the time limit is reached"
         if rate is None:
             return None
-        seconds = rate * problem.flops
-        if calls * seconds <= max(allowance_s, self.SHARE_OF_REST * self._left()):
+        seconds, once = rate * problem.flops, self._compile_s.get(implementation, 0.0)
+        if once + calls * seconds <= max(allowance_s, self.SHARE_OF_REST * self._left()):
             return None
+        if once > calls * seconds:
+            return f"compiles too long for the time limit (about {once:.2g} s)"
         return f"too slow for the time limit (about {seconds:.2g} s a call)"

@@ -65,7 +65,7 @@ def table(*columns: str, left: Sequence[str] = ()) -> Table:
     for column in columns:
         # Only prose may wrap; numbers that do not fit must not be cut into pieces.
         prose = column in left
-        made.add_column(column, justify="left" if prose else "right", no_wrap=not prose)
+        made.add_column(column, justify="left" if prose else "right", no_wrap=not prose, overflow="fold")
     return made
 
 

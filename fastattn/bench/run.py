@@ -75,7 +75,7 @@ def measure(
     rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], tuple]] = {}
     warm: dict[str, float] = {}
-    for impl in implementations:
+    for impl in sorted(implementations, key=lambda impl: impl.compiles):
         row = Row(problem, impl.name)
         needed = impl.estimate(problem)
         slow = plan.too_slow(impl.name, problem, MIN_SAMPLES + 1, allowance)
@@ -90,8 +90,10 @@ def measure(
             kernel, attend = impl.bind(problem)
             row = replace(row, kernel=kernel)
             step = make_step(problem, attend, inputs)
-            if settings.device.type == "cuda":
+            before = time.perf_counter()
+            if impl.compiles or settings.device.type == "cuda":
                 step()  # compilation and autotuning are neither the kernel's memory nor its time
+                plan.learn_compilation(impl.name, time.perf_counter() - before)
             before = time.perf_counter()
             with AllocationMeter(settings.device) as meter:
                 results = step()

@@ -144,12 +144,14 @@ def _no_bytes(problem: Problem) -> int:
 class Implementation:
     """A way to compute attention. `bind` returns (kernel name, function) or raises to say why it cannot.
 
-    `estimate` is a low estimate in bytes of the memory it needs; an implementation that would not fit is not run.
+    `estimate` is a low estimate in bytes of the memory it needs; an implementation that would not fit is not run. What
+    `compiles` at its first call is called once more than others, and after them, so as not to use up their time.
     """
 
     name: str
     bind: Callable[[Problem], tuple[str, Attend]]
     estimate: Callable[[Problem], int] = _no_bytes
+    compiles: bool = False
 
 
 def implementation(name: str) -> Implementation:
@@ -162,7 +164,7 @@ def implementation(name: str) -> Implementation:
     if name == "naive":
         return Implementation(name, bind_naive, naive_bytes)
     if name == "flex":
-        return Implementation(name, bind_flex)
+        return Implementation(name, bind_flex, compiles=True)
     if family == "sdpa":
         if not backend:
             return Implementation(name, bind_sdpa)

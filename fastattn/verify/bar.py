@@ -51,10 +51,10 @@ def largest(tensor: Tensor) -> float:
 def recomputation_error(lse: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
     """What a gradient may be off because P is recomputed as exp(score - LSE) from the stored LSE.
 
-    Score and LSE are each rounded, by half a unit at their size; that is a relative error of P. All keys of a row share
-    the LSE's, where the rounding of plain PyTorch's scores averages out over the keys.
+    Its rounding, half a unit at |LSE|, is a relative error of P that all keys of the row share, where the rounding of
+    plain PyTorch's scores averages out over the keys.
     """
-    return torch.finfo(accumulator_of(dtype)).eps * largest(finite(lse)) * largest(truth)
+    return torch.finfo(accumulator_of(dtype)).eps / 2 * largest(finite(lse)) * largest(truth)
 
 
 def cancellation_error(case: Case, inputs: Inputs, name: str) -> float:
@@ -62,8 +62,8 @@ def cancellation_error(case: Case, inputs: Inputs, name: str) -> float:
 
     The gradient of a score is P * (dO . V - dO . O). With P = 1, V = O, and kernels that keep no attention matrix
     subtract two equal sums that they rounded in different orders, where plain PyTorch subtracts a number from itself.
-    Two units of the largest such sum (partial sums reach the square root of their length even where the whole is
-    small), carried on to query and key by the scale and the other operand.
+    Two units of the largest such sum (its partial sums reach twice the square root of its length, whatever they end
+    at), carried on to query and key by the scale and the other operand.
     """
     if not inputs.query.numel() or not inputs.key.numel():
         return 0.0
@@ -71,7 +71,7 @@ def cancellation_error(case: Case, inputs: Inputs, name: str) -> float:
     if case.packed is not None:
         grad_out, value = grad_out.transpose(0, 1), value.transpose(0, 1)
     sums = grad_out @ value.repeat_interleave(case.heads // case.hkv, -3).mT
-    size = max(largest(sums), case.dv**0.5)
+    size = max(largest(sums), 2 * case.dv**0.5)
     error = 2 * torch.finfo(accumulator_of(inputs.query.dtype)).eps * size
     if name == "grad_attn_mask":
         return error

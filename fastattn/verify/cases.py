@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mask = Literal["bool", "bias", "bias_float32"]
-Fill = Literal["random", "empty_rows", "neg_inf", "offset"]
+Fill = Literal["random", "empty_rows", "neg_inf", "finite_mask"]
 Layout = Literal["bhsd", "bshd", "packed_qkv", "sliced", "expanded"]
 Window = tuple[int | None, int | None]
 
@@ -30,7 +30,7 @@ class Case:
         mask: kind of ``attn_mask``; "bias" has the query's dtype.
         mask_shape: its axes, each letter one of B, H, Q, K, or 1 where it broadcasts ("1HQ1", "QK", "").
         mask_fill: what it holds. "empty_rows": some rows keep no key. "neg_inf": some entries are -inf.
-            "offset": values near 1e4, where a softmax that does not subtract its maximum overflows.
+            "finite_mask": some entries are -1e4, as models write that mask in float16.
         mask_grad: whether the gradient of the bias is asked for.
         alibi: shape of ``alibi_slopes``, "H" or "BH".
         sinks: whether each head has a sink (with gradient).
@@ -184,7 +184,7 @@ _MASKS = [
     ),
     Case("bias_without_gradient", mask="bias", mask_shape="HQK", mask_grad=False),
     Case("bias_neg_inf", mask="bias", mask_shape="BHQK", mask_fill="neg_inf", lse=True),
-    Case("bias_offset", mask="bias_float32", mask_shape="HQK", mask_fill="offset", lse=True),
+    Case("bias_finite_mask", mask="bias_float32", mask_shape="HQK", mask_fill="finite_mask", lse=True),
     Case("bias_float32", mask="bias_float32", mask_shape="1HQK", causal=True),
     Case("bias_float32_broadcast", k_len=127, mask="bias_float32", mask_shape="B11K"),
     Case(
@@ -206,6 +206,7 @@ _HEADS = [
     Case("gqa_2", heads=4, kv_heads=2),
     Case("gqa_8_causal", batch=1, heads=16, kv_heads=2, q_len=70, k_len=70, head_dim=16, causal=True, lse=True),
     Case("mqa", heads=8, kv_heads=1, q_len=33, k_len=127, head_dim=32),
+    Case("mqa_many_rows", batch=1, heads=8, kv_heads=1, q_len=1500, k_len=16, head_dim=16),
     Case("mqa_decode", heads=8, kv_heads=1, q_len=1, k_len=300, key_lengths=(300, 65)),
     Case("gqa_bias", heads=4, kv_heads=2, mask="bias", mask_shape="HQK"),
     Case("gqa_deterministic", heads=4, kv_heads=2, causal=True, deterministic=True),

@@ -59,8 +59,8 @@ def _random_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> 
     if case.mask_fill == "neg_inf":
         bias = bias.masked_fill(torch.rand(shape, generator=generator) < 0.3, -torch.inf)
         bias[..., 3, :] = -torch.inf
-    elif case.mask_fill == "offset":
-        bias += 1e4
+    elif case.mask_fill == "finite_mask":
+        bias = bias.masked_fill(torch.rand(shape, generator=generator) < 0.3, -1e4)
     return bias.to(torch.float32 if case.mask == "bias_float32" and dtype != torch.float64 else dtype)
 
 

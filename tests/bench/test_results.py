@@ -97,6 +97,12 @@ def test_regressions(new, regressed):
     assert comparison.warnings == ()
 
 
+def test_rows_without_a_time_in_both_runs_are_not_compared():
+    skipped = replace(BASE, rows=(Row(Problem(512), "fastattn", status="skipped"),))
+    comparison = compare(skipped, skipped, 0.05)
+    assert (comparison.changes, comparison.unmatched) == ((), 0)
+
+
 def test_without_sdpa_the_absolute_time_decides():
     old, new = (results_of(rows_of(Problem(512), fast_ms=ms)[2]) for ms in (10.0, 11.0))
     assert compare(old, new, 0.05).regressions

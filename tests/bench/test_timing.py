@@ -101,6 +101,10 @@ def test_time_plan_gives_long_problems_more_and_skips_what_cannot_fit():
     assert plan.too_slow("naive", problems[0], 4, first) is None
     assert "time limit" in plan.too_slow("naive", problems[1], 4, plan.allowance(1))
     assert plan.too_slow("sdpa", problems[1], 4, plan.allowance(1)) is None
+    plan.learn("flex", problems[0], 1e-6)
+    plan.learn_compilation("flex", 200.0)
+    assert "compiles too long" in plan.too_slow("flex", problems[1], 4, plan.allowance(1))
     time.now = 100.0
+    assert plan.too_slow("sdpa", problems[1], 4, 0.0) == "the time limit is reached"
     assert plan.allowance(1) == 0.0
     assert TimePlan(problems, None, "cpu").too_slow("naive", problems[1], 4, 0.0) is None
