@@ -110,9 +110,7 @@ def bind_fastattn(problem: Problem, backend: str | None = None) -> tuple[str, At
         backend = own[0]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = fastattn.attention(q, k, v, causal=problem.causal, backend=backend)
-        assert isinstance(out, Tensor)
-        return out
+        return fastattn.attention(q, k, v, causal=problem.causal, backend=backend)
 
     return backend, attend
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
 from fastattn.dense import arguments as check
+from fastattn.dense.arguments import Options
 from fastattn.dense.op import attention_op
 from fastattn.dense.philox import draw_rng
 from fastattn.dense.problem import LSE_DTYPE, Problem, default_scale
 
 
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     query: Tensor,
     key: Tensor,

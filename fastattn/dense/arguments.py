@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `attention` and `attention_varlen`, but for return_lse, which decides their result."""
+
+    attn_mask: Tensor | None
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    query_start: int | Tensor | None
+    key_start: Tensor | None
+    key_lengths: Tensor | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+    scale: float | None
+    deterministic: bool
+    backend: str | None
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)

@@ -6,13 +6,14 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import compress, pairwise
 
 import torch
 from torch import Tensor
 
 from fastattn.backends import Requirements
 
+_OPTIONAL_FEATURES = ("query_start", "key_start", "key_lengths", "packed", "softcap", "alibi", "sinks", "dropout")
 LSE_DTYPE = {torch.float64: torch.float64}  # float32 for every other dtype
 
 
@@ -52,7 +53,7 @@ class Problem:
 
     def args(self) -> tuple:
         """The arguments of `fastattn::dense_forward`, in schema order."""
-        return tuple(getattr(self, name) for name in ARGUMENTS)
+        return tuple([getattr(self, name) for name in ARGUMENTS])
 
     @property
     def offset(self) -> int:
@@ -76,18 +77,17 @@ class Problem:
             features.append("gqa")
         if q.shape[3] != v.shape[3]:
             features.append("value_dim")
-        for name, value in (
-            ("query_start", self.query_start),
-            ("key_start", self.key_start),
-            ("key_lengths", self.key_lengths),
-            ("packed", self.cu_seqlens_q),
-            ("softcap", self.softcap),
-            ("alibi", self.alibi_slopes),
-            ("sinks", self.sinks),
-            ("dropout", self.rng),
-        ):
-            if value is not None:
-                features.append(name)
+        optional = (
+            self.query_start,
+            self.key_start,
+            self.key_lengths,
+            self.cu_seqlens_q,
+            self.softcap,
+            self.alibi_slopes,
+            self.sinks,
+            self.rng,
+        )
+        features += compress(_OPTIONAL_FEATURES, [value is not None for value in optional])
         if self.deterministic:
             features.append("deterministic")
         return Requirements(q.device.type, q.dtype, max(q.shape[3], v.shape[3]), frozenset(features))
@@ -97,38 +97,24 @@ class Problem:
 
         Runs on the CPU; elsewhere only under FASTATTN_CHECK=1, because reading the values would wait for the device.
         """
+        if self.cu_seqlens_q is None and self.key_start is None and self.key_lengths is None:
+            return
         if self.query.device.type != "cpu" and os.environ.get("FASTATTN_CHECK") != "1":
             return
-        packed = self.cu_seqlens_q is not None
-        for side, cu, total, longest in (
-            ("q", self.cu_seqlens_q, self.query.shape[2], self.max_seqlen_q),
-            ("k", self.cu_seqlens_k, self.key.shape[2], self.max_seqlen_k),
-        ):
-            if cu is None:
-                continue
-            bounds = cu.tolist()
-            lengths = [b - a for a, b in pairwise(bounds)]
-            if bounds[0] != 0 or bounds[-1] > total or min(lengths, default=0) < 0:
-                raise ValueError(
-                    f"fastattn: cu_seqlens_{side} must rise from 0 and end at most at {total}, got {bounds}"
-                )
-            if max(lengths, default=0) > longest:
-                raise ValueError(
-                    f"fastattn: max_seqlen_{side} must be at least the longest sequence of cu_seqlens_{side}, "
-                    f"{max(lengths)}, got {longest}"
-                )
-        for name, tensor, limit in (
-            ("key_start", self.key_start, None),
-            ("key_lengths", self.key_lengths, self.max_seqlen_k),
-        ):
-            values = [] if tensor is None else tensor.tolist()
-            limits = [limit] * len(values)
-            if packed and limit is not None and values:
-                limits = self.cu_seqlens_k.diff().tolist()
-            for index, (value, most) in enumerate(zip(values, limits, strict=True)):
-                if value < 0 or (most is not None and value > most):
-                    bound = "not be negative" if most is None else f"be between 0 and the key length {most}"
-                    raise ValueError(f"fastattn: {name}[{index}] must {bound}, got {value}")
+        seqlens_k = [self.key.shape[2]] * self.query.shape[0]
+        if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
+            _check_boundaries("q", self.cu_seqlens_q, self.query.shape[2], self.max_seqlen_q)
+            seqlens_k = _check_boundaries("k", self.cu_seqlens_k, self.key.shape[2], self.max_seqlen_k)
+        if self.key_start is not None:
+            for b, start in enumerate(self.key_start.tolist()):
+                if start < 0:
+                    raise ValueError(f"fastattn: key_start[{b}] must not be negative, got {start}")
+        if self.key_lengths is not None:
+            for b, length in enumerate(self.key_lengths.tolist()):
+                if not 0 <= length <= seqlens_k[b]:
+                    raise ValueError(
+                        f"fastattn: key_lengths[{b}] must be between 0 and the key length {seqlens_k[b]}, got {length}"
+                    )
 
     def sequences(self) -> Iterator[tuple[slice, slice, Problem]]:
         """A packed problem's sequences, each as (its query rows, its key rows, a problem of batch size 1 on views)."""
@@ -171,6 +157,20 @@ class Problem:
 
 ARGUMENTS = tuple(field.name for field in fields(Problem))[:-1]
 TENSORS = ARGUMENTS[: ARGUMENTS.index("rng") + 1]
+
+
+def _check_boundaries(side: str, cu_seqlens: Tensor, total: int, longest: int) -> list[int]:
+    """The lengths of the packed sequences of one side, or ValueError."""
+    bounds = cu_seqlens.tolist()
+    lengths = [b - a for a, b in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] > total or min(lengths, default=0) < 0:
+        raise ValueError(f"fastattn: cu_seqlens_{side} must rise from 0 and end at most at {total}, got {bounds}")
+    if max(lengths, default=0) > longest:
+        raise ValueError(
+            f"fastattn: max_seqlen_{side} must be at least the longest sequence of cu_seqlens_{side}, "
+            f"{max(lengths)}, got {longest}"
+        )
+    return lengths
 
 
 def default_scale(head_dim: int) -> float:

@@ -74,7 +74,6 @@ def scaled_dot_product_attention(
         dropout_p=dropout_p,
         scale=scale,
     )
-    assert isinstance(out, Tensor)
     heads = (query.shape[-3],) if enable_gqa else ()
     leading = (*batch, *heads)
     return out.reshape(*leading, *out.shape[-2:]) if len(leading) != 2 else out

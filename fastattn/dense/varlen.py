@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from fastattn.dense import arguments as check
 from fastattn.dense.api import normalise
+from fastattn.dense.arguments import Options
 from fastattn.dense.op import attention_op
 
 
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...
 def attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -72,7 +99,7 @@ def attention_varlen(
             raise TypeError(f"fastattn: {name} must be an int, got {type(longest).__name__}")
         if longest < 0:
             raise ValueError(f"fastattn: {name} must not be negative, got {longest}")
-    options: dict[str, Any] = {
+    options: Options = {
         "attn_mask": attn_mask,
         "causal": causal,
         "window": window,

@@ -12,6 +12,7 @@ from itertools import product
 import pytest
 import torch
 
+import fastattn
 from fastattn import verify
 from fastattn.backends import FEATURES, capabilities
 from fastattn.verify.cases import GRID, Case
@@ -51,6 +52,23 @@ def test_case(parameters: tuple[Case, torch.dtype, str, str], seed: int) -> None
     with verify.forced_isa(isa):
         result = verify.run_case(case, dtype, backend, "cpu", seed)
     assert result.passed, result.message
+
+
+@pytest.mark.parametrize("backend", list(dict.fromkeys(backend for backend, _ in _targets())))
+def test_rows_past_the_last_sequence(backend: str) -> None:
+    """Packed tokens that belong to no sequence: output 0, LSE -inf, no gradient, and their values, NaN, go nowhere."""
+    q, k, v = (torch.randn(12, 2, 8) for _ in range(3))
+    for t in (q, k, v):
+        t[9:] = torch.nan
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    out, lse = fastattn.attention_varlen(*leaves, cu, cu, 5, 5, causal=True, return_lse=True, backend=backend)
+    assert torch.equal(out[9:], torch.zeros(3, 2, 8))
+    assert (lse[:, 9:] == -torch.inf).all()
+    assert out[:9].isfinite().all()
+    for grad in torch.autograd.grad([out, lse], leaves, [torch.randn_like(out), torch.randn_like(lse)]):
+        assert torch.equal(grad[9:], torch.zeros(3, 2, 8))
+        assert grad[:9].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", [c.backend for c in capabilities("dense")])
