@@ -63,8 +63,8 @@ void check(const DenseParams& p) {
   require(in_range(p.batch) && in_range(p.heads_q) && in_range(p.heads_kv) && in_range(p.seqlen_q) &&
               in_range(p.seqlen_k),
           "batch, heads_q, heads_kv, seqlen_q and seqlen_k must be between 0 and 2^31 - 1");
-  require(p.head_dim >= 1 && p.head_dim <= 256, "head_dim must be between 1 and 256");
-  require(p.head_dim_v >= 1 && p.head_dim_v <= 256, "head_dim_v must be between 1 and 256");
+  require(p.head_dim >= 1 && p.head_dim <= kMaxHeadDim, "head_dim must be between 1 and 256");
+  require(p.head_dim_v >= 1 && p.head_dim_v <= kMaxHeadDim, "head_dim_v must be between 1 and 256");
   require(p.heads_kv == 0 ? p.heads_q == 0 : p.heads_q % p.heads_kv == 0, "heads_q must be a multiple of heads_kv");
   require(p.dtype == Dtype::kFloat32 || p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16 ||
               p.dtype == Dtype::kFloat64,
@@ -190,7 +190,7 @@ PYBIND11_MODULE(_native, m) {
         return fma_peak(threads, dtype);
       },
       py::arg("threads"), py::arg("dtype") = Dtype::kFloat32,
-      "GFLOP/s of multiply-adds between registers; 0 where the set in use computes the dtype in another.");
+      "GFLOP/s of multiply-adds in one register tile; 0 where the set in use computes the dtype in another.");
   m.def(
       "cpu_read_bandwidth",
       [](uintptr_t pointer, int64_t bytes, int threads) {

@@ -39,7 +39,8 @@ class Backward {
     Real *grad_query;                  // [rows_][columns_]
     Real *lse2, *delta;                // [rows_]
     Real *grad_key, *grad_value;       // [keys_][columns], between the query heads of a group
-    int32_t* turn;                     // [tiles_]
+    int32_t* turn;                     // [tiles_], the block of keys that may add to the tile's dq
+    int32_t *tiles_packed, *blocks_done;
 
     Head(Carver& c, const Backward& f) {
       query = c.take<Elem>(f.rows_ * f.query_ld_);
@@ -53,6 +54,8 @@ class Backward {
       grad_key = c.take<Real>(kept_keys * f.columns_);
       grad_value = c.take<Real>(kept_keys * f.columns_v_);
       turn = c.take<int32_t>(f.tiles_);
+      tiles_packed = c.take<int32_t>(1);
+      blocks_done = c.take<int32_t>(1);
     }
   };
 
@@ -92,11 +95,7 @@ class Backward {
         rows_(round_up(p.seqlen_q, kTileRows)), tiles_(div_up(p.seqlen_q, kTile)), blocks_(div_up(p.seqlen_k, kBlock)),
         group_(group_size(p)), threads_(useful_threads(p)), negative_(p.scale < 0),
         row_bias_(p.grad_mask.data && p.grad_mask.stride[3] == 0), scale_(Real(p.scale)),
-        magnitude_(Real(negative_ ? -p.scale : p.scale)) {
-    const Real scale2 = Real((negative_ ? -p.scale : p.scale) * kLog2E);
-    const Real smallest = Real(1.17549435e-38);
-    scale2_ = scale2 > smallest ? scale2 : smallest;
-  }
+        magnitude_(Real(negative_ ? -p.scale : p.scale)), scale2_(log2_scale<Real>(p.scale)) {}
 
   Status run() {
     const int64_t heads = p_.batch * p_.heads_kv;
@@ -129,17 +128,27 @@ class Backward {
       const auto kv_head_of = [&](int64_t unit) { return (first + unit) % p_.heads_kv; };
       for (int64_t member = 0; member < group_; ++member) {
         const auto query_head_of = [&](int64_t unit) { return kv_head_of(unit) * group_ + member; };
-        for_each(threads_, count * tiles_, [&](int64_t item, int rank) {
-          const int64_t unit = item / tiles_;
-          pack_tile(head_of(unit), block_of(rank), batch_of(unit), query_head_of(unit), item % tiles_);
-        });
-        for_each(threads_, count * blocks_, [&](int64_t item, int rank) {
-          const int64_t unit = item % count;  // neighbours in time work on different heads, so they rarely wait
-          key_block(head_of(unit), block_of(rank), batch_of(unit), kv_head_of(unit), member, item / count);
-        });
-        for_each(threads_, count * tiles_, [&](int64_t item, int) {
-          const int64_t unit = item / tiles_;
-          write_query(head_of(unit), batch_of(unit), query_head_of(unit), item % tiles_);
+        for (int64_t unit = 0; unit < count; ++unit) *head_of(unit).tiles_packed = *head_of(unit).blocks_done = 0;
+        const int64_t packs = count * tiles_, blocks = count * blocks_;
+        for_each(threads_, packs + blocks + packs, [&](int64_t item, int rank) {
+          if (item < packs) {
+            const int64_t unit = item / tiles_;
+            const Head head = head_of(unit);
+            pack_tile(head, block_of(rank), batch_of(unit), query_head_of(unit), item % tiles_);
+            add_one(head.tiles_packed);
+          } else if (item < packs + blocks) {
+            // Neighbours in time work on different heads, so they rarely wait for each other.
+            const int64_t unit = (item - packs) % count;
+            const Head head = head_of(unit);
+            wait_until(head.tiles_packed, int32_t(tiles_));
+            key_block(head, block_of(rank), batch_of(unit), kv_head_of(unit), member, (item - packs) / count);
+            add_one(head.blocks_done);
+          } else {
+            const int64_t unit = (item - packs - blocks) / tiles_;
+            const Head head = head_of(unit);
+            wait_until(head.blocks_done, int32_t(blocks_));
+            write_query(head, batch_of(unit), query_head_of(unit), (item - packs - blocks) % tiles_);
+          }
         });
         if (row_bias_)
           for (int64_t unit = 0; unit < count; ++unit) add_row_bias_gradient(batch_of(unit), query_head_of(unit));
@@ -298,6 +307,7 @@ class Backward {
   }
 
   void row_pair_gradients(const Head& head, const Block& t, int64_t i, int64_t at, Real factor) const {
+    const bool keep_ds = A::kPack == 1 || p_.grad_mask.data;
     for (int64_t j = at; j < at + kPanelKeys; j += kLanes * A::kPack) {
       RealVec p[2][A::kPack], ds[2][A::kPack];
 #pragma GCC unroll 2
@@ -308,7 +318,7 @@ class Backward {
           p[r][c] = vexp2(Reals::load(t.scores + where) * factor - head.lse2[i + r]);
           ds[r][c] = p[r][c] * (Reals::load(t.grad_probs + where) - head.delta[i + r]);
           if (A::kPack == 1) Reals::store(t.scores + where, p[r][c]);
-          Reals::store(t.grad_probs + where, ds[r][c]);
+          if (keep_ds) Reals::store(t.grad_probs + where, ds[r][c]);
         }
       if constexpr (A::kPack > 1) {
         typedef Simd<Elem> Elems;
@@ -344,10 +354,11 @@ class Backward {
   }
 
   void panel_grad_query(const Head& head, const Block& t, Range groups, int64_t n) const {
+    constexpr int steps = kPanelKeys / A::kPack;
+    const Elem* keys = t.key_rows + n / A::kPack * columns_;
     for (int64_t i = groups.begin; i < groups.end; i += kTileRows)
-      row_product<A, kTileRows, false, true>(
-          columns_, kPanelKeys / A::kPack, t.grad_scores + (i - groups.begin) * (kPanelKeys / A::kPack),
-          kPanelKeys / A::kPack, t.key_rows + n / A::kPack * columns_, columns_, head.grad_query + i * columns_, columns_);
+      row_product<A, kTileRows, false, true>(columns_, steps, t.grad_scores + (i - groups.begin) * steps, steps, keys,
+                                             columns_, head.grad_query + i * columns_, columns_);
   }
 
   void add_grad_bias(const Block& t, const Interval& interval, int64_t b, int64_t h, Range seeing, int64_t first_row,
@@ -380,8 +391,7 @@ class Backward {
   const int64_t rows_, tiles_, blocks_, group_;
   const int threads_;
   const bool negative_, row_bias_;
-  const Real scale_, magnitude_;
-  Real scale2_;
+  const Real scale_, magnitude_, scale2_;
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

@@ -1,6 +1,7 @@
 // 2^x for vectors. x = floor(x) + r with r in [0, 1]; 2^r is a polynomial with p(0) = 1 exactly, fitted for the least
 // relative error (float: degree 5, 8e-8; double: degree 11, 4e-16), and the integer part goes into the exponent.
-// 2^-inf is exactly 0 (that is how masked keys vanish), NaN stays NaN, results below the normal range flush to 0.
+// 2^-inf is exactly 0 (that is how masked keys vanish), NaN stays NaN, results below the normal range may flush to 0.
+// x must be below 127 (1023 for double): here it is a score minus the row's maximum or lse.
 #pragma once
 
 #include "simd.h"
@@ -14,9 +15,10 @@ struct Exp2Constants;
 template <>
 struct Exp2Constants<float> {
   typedef int32_t Int;
-  static constexpr int kDegree = 5, kMantissaBits = 23, kBias = 127;
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kLow = -126.0f, kHigh = 127.0f;
+  static constexpr int kDegree = 5, kMantissaBits = 23;
+  // 1.5 * 2^23 plus the exponent's bias: adding it rounds to an integer, whose low bits then are the exponent field.
+  static constexpr float kRound = 12582912.0f + 127.0f;
+  static constexpr float kLow = -126.0f;
   static constexpr float kCoefficients[kDegree + 1] = {1.0f,           0.693151312f,    0.240164450f,
                                                        0.0557999139f, 0.00901702925f, 0.00186713057f};
 };
@@ -24,9 +26,9 @@ struct Exp2Constants<float> {
 template <>
 struct Exp2Constants<double> {
   typedef int64_t Int;
-  static constexpr int kDegree = 11, kMantissaBits = 52, kBias = 1023;
-  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kLow = -1022.0, kHigh = 1023.0;
+  static constexpr int kDegree = 11, kMantissaBits = 52;
+  static constexpr double kRound = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 plus the bias
+  static constexpr double kLow = -1022.0;
   static constexpr double kCoefficients[kDegree + 1] = {
       1.0,
       0.69314718055994473,
@@ -70,11 +72,10 @@ inline V vexp2(V x) {
   typedef __typeof__(x[0] + x[0]) T;
   typedef Exp2Constants<T> C;
   typedef typename Simd<typename C::Int>::Vec IntVec;
-  const V clamped_low = x < C::kLow ? Simd<T>::broadcast(C::kLow) : x;  // comparisons are false for NaN, which stays
-  const V clamped = clamped_low > C::kHigh ? Simd<T>::broadcast(C::kHigh) : clamped_low;
+  const V clamped = vmax(Simd<T>::broadcast(C::kLow), x);
   const V shifted = clamped - T(0.5) + C::kRound;
   const V r = clamped - (shifted - C::kRound);
-  const V power = (V)(((IntVec)shifted + C::kBias) << C::kMantissaBits);
+  const V power = (V)((IntVec)shifted << C::kMantissaBits);
   const V y = exp2_fraction<T>(r) * power;
   return x < C::kLow ? V{} : y;
 }

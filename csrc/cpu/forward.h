@@ -44,19 +44,16 @@ class Forward {
         : query(carver.take<Elem>(kTile * round_up(f.steps_qk_, kLanes))), out(carver.take<Real>(kTile * f.columns_v_)),
           scores(carver.take<Real>(kTileRows * kBlock)),
           probs(A::kPack == 1 ? reinterpret_cast<Elem*>(scores) : carver.take<Elem>(kTileRows * kBlock / A::kPack)),
-          bias(carver.take<Real>(kBlock)), row_max(carver.take<Real>(kTile)), row_sum(carver.take<Real>(kTile * kLanes)) {}
+          bias(carver.take<Real>(kBlock)), row_max(carver.take<Real>(kTile)),
+          row_sum(carver.take<Real>(kTile * kLanes)) {}
   };
 
  public:
   explicit Forward(const DenseParams& p)
       : p_(p), steps_qk_(div_up(p.head_dim, A::kPack)), columns_v_(round_up(p.head_dim_v, kLanes)),
-        panels_(div_up(p.seqlen_k, kPanelKeys)), group_(group_size(p)),
-        threads_(useful_threads(p)), tile_(tile_size(p, threads_)), tiles_(div_up(p.seqlen_q, tile_)), negative_(p.scale < 0) {
-    // A scale of 0 must not turn a hidden key's -inf into NaN; the smallest normal number gives the same weights.
-    const Real magnitude = Real((negative_ ? -p.scale : p.scale) * kLog2E);
-    const Real smallest = Real(1.17549435e-38);
-    scale2_ = magnitude > smallest ? magnitude : smallest;
-  }
+        panels_(div_up(p.seqlen_k, kPanelKeys)), group_(group_size(p)), threads_(useful_threads(p)),
+        tile_(tile_size(p, threads_)), tiles_(div_up(p.seqlen_q, tile_)), negative_(p.scale < 0),
+        scale2_(log2_scale<Real>(p.scale)) {}
 
   Status run() {
     const int64_t heads = p_.batch * p_.heads_kv;
@@ -68,6 +65,7 @@ class Forward {
     const auto carve = [&](Carver& carver) {
       keys_ = carver.take<Elem>(wave * key_size);
       values_ = carver.take<Elem>(wave * value_size);
+      packed_ = carver.take<int32_t>(wave);
     };
     Carver measure;
     carve(measure);
@@ -82,18 +80,23 @@ class Forward {
 
     for (int64_t first = 0; first < heads; first += wave) {
       const int64_t count = min64(wave, heads - first);
-      for_each(threads_, count * panels_, [&](int64_t item, int rank) {
+      for (int64_t unit = 0; unit < count; ++unit) packed_[unit] = 0;
+      const int64_t packs = count * panels_;
+      for_each(threads_, packs + count * group_ * tiles_, [&](int64_t item, int rank) {
         Carver own(tiles + size_t(rank) * tile_bytes);
-        const int64_t unit = item / panels_, head = first + unit;
-        pack_panel(Tile(own, *this), head, item % panels_, keys_ + unit * key_size, values_ + unit * value_size);
-      });
-      for_each(threads_, count * group_ * tiles_, [&](int64_t item, int rank) {
-        Carver own(tiles + size_t(rank) * tile_bytes);
-        const int64_t unit = item / (group_ * tiles_), head = first + unit;
+        const Tile tile(own, *this);
+        if (item < packs) {
+          const int64_t unit = item / panels_;
+          pack_panel(tile, first + unit, item % panels_, keys_ + unit * key_size, values_ + unit * value_size);
+          add_one(&packed_[unit]);
+          return;
+        }
+        const int64_t unit = (item - packs) / (group_ * tiles_), head = first + unit;
+        const int64_t member = (item - packs) / tiles_ % group_;
         // The last rows see most under a causal limit: longest first.
-        const int64_t i = (tiles_ - 1 - item % tiles_) * tile_;
-        const int64_t query_head = head % p_.heads_kv * group_ + item / tiles_ % group_;
-        attend(Tile(own, *this), head / p_.heads_kv, query_head, {i, min64(i + tile_, p_.seqlen_q)},
+        const int64_t i = (tiles_ - 1 - (item - packs) % tiles_) * tile_;
+        wait_until(&packed_[unit], int32_t(panels_));
+        attend(tile, head / p_.heads_kv, head % p_.heads_kv * group_ + member, {i, min64(i + tile_, p_.seqlen_q)},
                keys_ + unit * key_size, values_ + unit * value_size);
       });
     }
@@ -243,8 +246,9 @@ class Forward {
   const int threads_;
   const int64_t tile_, tiles_;
   const bool negative_;
-  Real scale2_;
+  const Real scale2_;
   Elem *keys_ = nullptr, *values_ = nullptr;
+  int32_t* packed_ = nullptr;  // panels of each kv head that are ready
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

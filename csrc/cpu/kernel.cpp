@@ -17,21 +17,23 @@ Status run(const DenseParams& p) {
 }
 
 template <class A>
-double multiply_add_rounds(int64_t steps) {
+double multiply_add_steps(int64_t steps) {
   constexpr int columns = kTileVectors * Simd<typename A::Real>::kLanes;
   typename A::Elem a[kTileRows] = {}, b[columns] = {};
   typename A::Real c[kTileRows * columns] = {};
-  asm volatile("" : : "r"(a), "r"(b), "r"(c) : "memory");  // the compiler must not know that all of it is zero
-  tile_product<A, kTileRows, kTileVectors, true, true>(steps, a, 0, b, 0, c, columns);
+  int64_t stride = 0;
+  // The compiler must not know that all of it is zero, nor that every step is the same.
+  asm volatile("" : "+r"(stride) : "r"(a), "r"(b), "r"(c) : "memory");
+  tile_product<A, kTileRows, kTileVectors, true, true>(steps, a, stride, b, stride, c, columns);
   asm volatile("" : : "r"(c) : "memory");
   return 2.0 * kTileRows * columns * A::kPack * double(steps);
 }
 
-double multiply_add_rounds_of(Dtype dtype, int64_t steps) {
-  if (dtype == Dtype::kFloat32) return multiply_add_rounds<F32>(steps);
-  if (dtype == Dtype::kFloat64) return multiply_add_rounds<F64>(steps);
+double multiply_add_steps_of(Dtype dtype, int64_t steps) {
+  if (dtype == Dtype::kFloat32) return multiply_add_steps<F32>(steps);
+  if (dtype == Dtype::kFloat64) return multiply_add_steps<F64>(steps);
 #if defined(FASTATTN_BF16_DOT)
-  if (dtype == Dtype::kBFloat16) return multiply_add_rounds<BF16Dot>(steps);
+  if (dtype == Dtype::kBFloat16) return multiply_add_steps<BF16Dot>(steps);
 #endif
   return 0;
 }
@@ -52,7 +54,7 @@ uint64_t read_memory(const void* memory, int64_t bytes) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_ISA_NAME, run<Forward>, run<Backward>, multiply_add_rounds_of, read_memory};
+const Kernels kernels = {FASTATTN_ISA_NAME, run<Forward>, run<Backward>, multiply_add_steps_of, read_memory};
 
 }  // namespace FASTATTN_ISA_NAMESPACE
 }  // namespace fastattn

@@ -14,6 +14,14 @@ inline Real infinity() {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
+// From q k^T to units of log2, without the sign, which goes into the packed queries. A scale of 0 must not turn a
+// hidden key's -inf into NaN: the smallest normal number gives the same weights.
+template <class Real>
+inline Real log2_scale(double scale) {
+  const Real magnitude = Real((scale < 0 ? -scale : scale) * kLog2E), smallest = Real(1.17549435e-38);
+  return magnitude > smallest ? magnitude : smallest;
+}
+
 template <class Real>
 inline void read_bias(Real* to, const DenseParams& p, int64_t b, int64_t h, int64_t i, int64_t first, int64_t count) {
   const char* row = element(p.attn_mask, p.mask_dtype, b, h, i);

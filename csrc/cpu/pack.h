@@ -1,7 +1,7 @@
 // Packing: tensors of any dtype and strides become the contiguous operands that the tile products read.
 //
 //   staged rows       [rows][columns / kPack]   left operand, summed along the columns (Q, dO)
-//   transposed panel  [columns / kPack][64]     right operand, summed along the columns (K in QK^T, V in dO V^T)
+//   transposed panel  [columns / kPack][64]     right operand, summed along the columns (K in QK^T, V in dOV^T)
 //   row panel         [rows / kPack][columns]   right operand, summed along the rows (V in PV; K, Q, dO in the backward)
 //
 // All padding is zero, and so are rows outside `live`: keys that nobody may see are never read.

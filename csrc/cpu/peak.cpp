@@ -32,9 +32,9 @@ double best_time(int threads, Body body) {
 double fma_peak(int threads, Dtype dtype) {
   constexpr int64_t steps = 2'000'000;  // some ten milliseconds
   const Kernels& kernels = kernels_in_use();
-  const double operations = kernels.multiply_add_rounds(dtype, 1);
+  const double operations = kernels.multiply_add_steps(dtype, 1);
   if (operations == 0) return 0;
-  const double time = best_time(threads, [&](int64_t) { kernels.multiply_add_rounds(dtype, steps); });
+  const double time = best_time(threads, [&](int64_t) { kernels.multiply_add_steps(dtype, steps); });
   return operations * double(steps) * threads / time * 1e-9;
 }
 

@@ -60,14 +60,19 @@ inline V shuffle(V a, V b, I index) {
 #endif
 }
 
-// A NaN in b survives and one in a is dropped, as maxps does; the softmax gets its NaNs from the exponential.
+// b where either is NaN, so vmax(limit, x) keeps x's NaN. GCC makes a compare and a blend of `a > b ? a : b`.
 template <class V>
 inline V vmax(V a, V b) {
+  [[maybe_unused]] constexpr bool single = sizeof(a[0]) == 4;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(a[0]) == 4)
-    return (V)_mm512_max_ps((__m512)a, (__m512)b);
-  else
-    return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+  if constexpr (single) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  else return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX__)
+  if constexpr (single) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  else return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__SSE2__)
+  if constexpr (single) return (V)_mm_max_ps((__m128)a, (__m128)b);
+  else return (V)_mm_max_pd((__m128d)a, (__m128d)b);
 #else
   return a > b ? a : b;
 #endif

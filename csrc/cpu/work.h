@@ -1,9 +1,9 @@
 // Dividing a problem: scratch memory carved from one allocation, loops over threads, and waves of heads.
 //
-// A wave is a few (batch, kv head) pairs whose packed operands exist at one time. All threads first pack the wave,
-// then share its tiles, so memory is bounded however many heads there are, and one head alone still keeps every thread
-// busy. What a tile computes never depends on the wave or on the thread, so results repeat bit for bit on any number
-// of threads.
+// A wave is a few (batch, kv head) pairs whose packed operands exist at one time. The threads take the wave's work from
+// one list, packing first and tiles after it, so memory is bounded however many heads there are, and one head alone
+// still keeps every thread busy. Work that needs other work waits for its counter, not for all threads. What a tile
+// computes never depends on the wave or on the thread, so results repeat bit for bit on any number of threads.
 #pragma once
 
 #include "kernel.h"
@@ -47,7 +47,7 @@ inline void for_each(int threads, int64_t count, Body body) {
       threads, count, [](void* context, int64_t i, int rank) { (*static_cast<Body*>(context))(i, rank); }, &body);
 }
 
-constexpr int kMaxHeadDim = 256;
+inline void add_one(int32_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
 
 // A thread is worth starting for about this many multiply-adds (some ten microseconds).
 constexpr double kWorkPerThread = 1 << 19;
