@@ -90,9 +90,7 @@ def _write_header(header: Path, compiler: str, entry: Path, builds: list[str]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write build_info.h with the digest of each build of a kernel source."
-    )
+    parser = argparse.ArgumentParser(description="Write build_info.h with the digest of each build of a kernel source.")
     parser.add_argument("--header", type=Path, required=True)
     parser.add_argument("--compiler", required=True)
     parser.add_argument("--entry", type=Path, required=True)

@@ -50,25 +50,25 @@ def qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"fastattn: {name} must have query's dtype {query.dtype}, got {other.dtype}")
         if other.device != query.device:
             raise ValueError(f"fastattn: {name} must be on query's device {query.device}, got {other.device}")
-    if query.dim() == 4 and not query.shape[0] == key.shape[0] == value.shape[0]:
+    # Shapes are fetched once: this runs on every call.
+    shape_q, shape_k, shape_v = query.shape, key.shape, value.shape
+    if len(shape_q) == 4 and not shape_q[0] == shape_k[0] == shape_v[0]:
         raise ValueError(
             "fastattn: query, key and value must have the same batch size, got "
-            f"{query.shape[0]}, {key.shape[0]} and {value.shape[0]}"
+            f"{shape_q[0]}, {shape_k[0]} and {shape_v[0]}"
         )
-    if key.shape[:-1] != value.shape[:-1]:
+    if shape_k[:-1] != shape_v[:-1]:
         raise ValueError(
-            f"fastattn: key and value must agree in all but head_dim, got {tuple(key.shape)} and {tuple(value.shape)}"
+            f"fastattn: key and value must agree in all but head_dim, got {tuple(shape_k)} and {tuple(shape_v)}"
         )
-    if query.shape[-1] != key.shape[-1]:
+    if shape_q[-1] != shape_k[-1]:
         raise ValueError(
-            f"fastattn: key must have query's head_dim {query.shape[-1]}, got {key.shape[-1]} "
-            f"(query {tuple(query.shape)}, key {tuple(key.shape)})"
+            f"fastattn: key must have query's head_dim {shape_q[-1]}, got {shape_k[-1]} "
+            f"(query {tuple(shape_q)}, key {tuple(shape_k)})"
         )
-    if query.shape[-1] == 0 or value.shape[-1] == 0:
-        raise ValueError(
-            f"fastattn: head_dim must be at least 1, got query {tuple(query.shape)}, value {tuple(value.shape)}"
-        )
-    heads_q, heads_kv = query.shape[1], key.shape[1]
+    if shape_q[-1] == 0 or shape_v[-1] == 0:
+        raise ValueError(f"fastattn: head_dim must be at least 1, got query {tuple(shape_q)}, value {tuple(shape_v)}")
+    heads_q, heads_kv = shape_q[1], shape_k[1]
     if heads_kv == 0 or heads_q % heads_kv != 0:
         raise ValueError(f"fastattn: query's heads must be a multiple of key's heads, got {heads_q} and {heads_kv}")
 
@@ -76,7 +76,7 @@ def qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast query, key and value as torch's autocast would: its own dtype on this device, float64 left alone."""
     device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
     query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))

@@ -138,6 +138,7 @@ def attention_op(p: Problem) -> tuple[Tensor, Tensor]:
     args = p.args()
     if torch.compiler.is_compiling():
         args = _distinct(args)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+    differentiable = (p.query, p.key, p.value, p.attn_mask, p.sinks)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return _Attention.apply(*args)
     return torch.ops.fastattn.dense_forward(*args)

@@ -65,7 +65,8 @@ class Problem:
         return LSE_DTYPE.get(self.query.dtype, torch.float32)
 
     def requirements(self, *extra: str) -> Requirements:
-        q, k, v, mask = self.query, self.key, self.value, self.attn_mask
+        q, mask = self.query, self.attn_mask
+        shape_q, shape_k, shape_v = q.shape, self.key.shape, self.value.shape
         features = [*extra]
         if self.window_right == 0:
             features.append("causal")
@@ -73,9 +74,9 @@ class Problem:
             features.append("window")
         if mask is not None:
             features.append("bool_mask" if mask.dtype == torch.bool else "float_bias")
-        if q.shape[1] != k.shape[1]:
+        if shape_q[1] != shape_k[1]:
             features.append("gqa")
-        if q.shape[3] != v.shape[3]:
+        if shape_q[3] != shape_v[3]:
             features.append("value_dim")
         optional = (
             self.query_start,
@@ -90,7 +91,7 @@ class Problem:
         features += compress(_OPTIONAL_FEATURES, [value is not None for value in optional])
         if self.deterministic:
             features.append("deterministic")
-        return Requirements(q.device.type, q.dtype, max(q.shape[3], v.shape[3]), frozenset(features))
+        return Requirements(q.device.type, q.dtype, max(shape_q[3], shape_v[3]), frozenset(features))
 
     def check_values(self) -> None:
         """Raise ValueError for lengths or boundaries that do not fit the tensors.
