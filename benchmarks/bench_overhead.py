@@ -31,7 +31,10 @@ def calls(device):
         params = native._params(core, problem, query, key, value)
         params.out, params.lse = native._view(out), native._lse_view(lse)
 
-        def kernel(alive=(query, key, value, out, lse)):  # params holds their bare pointers
+        scratch = torch.empty(core.cpu_dense_forward_scratch(params), dtype=torch.uint8)
+        params.scratch = scratch.data_ptr()
+
+        def kernel(alive=(query, key, value, out, lse, scratch)):  # params holds their bare pointers
             core.cpu_dense_forward(params)
 
         named["kernel"] = kernel

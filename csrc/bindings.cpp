@@ -87,13 +87,10 @@ void check_backward(const DenseParams& p) {
           "grad_mask needs a floating-point attn_mask");
 }
 
-void run(Status (*kernel)(const DenseParams&), const DenseParams& p) {
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = kernel(p);
-  }
-  if (status == Status::kNoMemory) throw std::bad_alloc();
+void run(void (*kernel)(const DenseParams&), const DenseParams& p) {
+  require(p.scratch != nullptr, "scratch must not be None");
+  py::gil_scoped_release release;
+  kernel(p);
 }
 
 py::dict build_info() {
@@ -146,7 +143,10 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("window_left", &DenseParams::window_left)
       .def_readwrite("window_right", &DenseParams::window_right)
       .def_readwrite("scale", &DenseParams::scale)
-      .def_readwrite("threads", &DenseParams::threads);
+      .def_readwrite("threads", &DenseParams::threads)
+      .def_property(
+          "scratch", [](const DenseParams& p) { return reinterpret_cast<uintptr_t>(p.scratch); },
+          [](DenseParams& p, uintptr_t address) { p.scratch = reinterpret_cast<void*>(address); });
   def_view<&DenseParams::query>(params, "query");
   def_view<&DenseParams::key>(params, "key");
   def_view<&DenseParams::value>(params, "value");
@@ -169,7 +169,7 @@ PYBIND11_MODULE(_native, m) {
         check(p);
         run(kernels_in_use().dense_forward, p);
       },
-      py::arg("params"), "Writes out and, if given, lse.");
+      py::arg("params"), "Writes out and, if given, lse. Needs cpu_dense_forward_scratch(params) bytes of scratch.");
   m.def(
       "cpu_dense_backward",
       [](const DenseParams& p) {
@@ -177,7 +177,23 @@ PYBIND11_MODULE(_native, m) {
         check_backward(p);
         run(kernels_in_use().dense_backward, p);
       },
-      py::arg("params"), "Writes grad_query, grad_key and grad_value, and adds to grad_mask if given.");
+      py::arg("params"),
+      "Writes grad_query, grad_key and grad_value, and adds to grad_mask if given. Needs "
+      "cpu_dense_backward_scratch(params) bytes of scratch.");
+  m.def(
+      "cpu_dense_forward_scratch",
+      [](const DenseParams& p) {
+        check(p);
+        return kernels_in_use().dense_forward_scratch(p);
+      },
+      py::arg("params"), "Bytes that the forward needs at params.scratch.");
+  m.def(
+      "cpu_dense_backward_scratch",
+      [](const DenseParams& p) {
+        check(p);
+        return kernels_in_use().dense_backward_scratch(p);
+      },
+      py::arg("params"), "Bytes that the backward needs at params.scratch.");
 
   m.def("cpu_isas", &runnable_isas, "Instruction sets that were compiled and that this CPU runs, best first.");
   m.def("cpu_isa", [] { return std::string(kernels_in_use().isa); }, "The instruction set in use.");

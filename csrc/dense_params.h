@@ -46,7 +46,9 @@ struct DenseParams {
   View grad_query, grad_key, grad_value;
   View grad_mask;  // float32 (float64 for float64); 0 strides where attn_mask broadcasts, so it has the bias's own size
 
-  int32_t threads = 1;  // CPU
+  // CPU: how many threads, and working memory: 64-byte aligned, as much as the kernel's scratch function says.
+  int32_t threads = 1;
+  void* scratch = nullptr;
 };
 
 }  // namespace fastattn

@@ -97,28 +97,19 @@ class Backward {
         row_bias_(p.grad_mask.data && p.grad_mask.stride[3] == 0), scale_(Real(p.scale)),
         magnitude_(Real(negative_ ? -p.scale : p.scale)), scale2_(log2_scale<Real>(p.scale)) {}
 
-  Status run() {
-    const int64_t heads = p_.batch * p_.heads_kv;
-    if (heads == 0 || group_ == 0) return Status::kOk;
+  int64_t scratch_bytes() const { return layout().bytes(); }
 
-    Carver measure;
-    Head(measure, *this);
-    const uintptr_t head_bytes = measure.address();
-    Block(measure, *this);
-    const uintptr_t block_bytes = measure.address() - head_bytes;
-    // Heads that share a slice of the bias gradient go one after the other.
-    const bool shared_bias = p_.grad_mask.data && ((p_.batch > 1 && p_.grad_mask.stride[0] == 0) ||
-                                                   (p_.heads_q > 1 && p_.grad_mask.stride[1] == 0));
-    const int64_t wave = shared_bias ? 1 : wave_size(heads, threads_, int64_t(head_bytes));
-    Scratch scratch(size_t(wave) * head_bytes + size_t(threads_) * block_bytes);
-    if (!scratch.memory()) return Status::kNoMemory;
-    char* base = static_cast<char*>(scratch.memory());
+  void run() const {
+    const int64_t heads = p_.batch * p_.heads_kv;
+    if (heads == 0 || group_ == 0) return;
+    const Layout layout = this->layout();
+    const int64_t wave = layout.wave();
     const auto head_of = [&](int64_t unit) {
-      Carver carver(base + size_t(unit) * head_bytes);
+      Carver carver = layout.head(p_.scratch, unit);
       return Head(carver, *this);
     };
     const auto block_of = [&](int rank) {
-      Carver carver(base + size_t(wave) * head_bytes + size_t(rank) * block_bytes);
+      Carver carver = layout.own(p_.scratch, rank);
       return Block(carver, *this);
     };
 
@@ -154,10 +145,16 @@ class Backward {
           for (int64_t unit = 0; unit < count; ++unit) add_row_bias_gradient(batch_of(unit), query_head_of(unit));
       }
     }
-    return Status::kOk;
   }
 
  private:
+  Layout layout() const {
+    // Heads that share a slice of the bias gradient go one after the other.
+    const bool shared_bias = p_.grad_mask.data && ((p_.batch > 1 && p_.grad_mask.stride[0] == 0) ||
+                                                   (p_.heads_q > 1 && p_.grad_mask.stride[1] == 0));
+    return Layout::of<Head, Block>(*this, p_.batch * p_.heads_kv, threads_, shared_bias);
+  }
+
   Range tile_rows(int64_t tile) const { return {tile * kTile, min64((tile + 1) * kTile, p_.seqlen_q)}; }
 
   static Real& at(const View& view, int64_t b, int64_t h, int64_t i, int64_t j = 0) {

@@ -30,6 +30,17 @@ class Forward {
   static constexpr int kBlock = 512;  // keys between two updates of the running softmax: six rows of scores fit L1
   static constexpr int kPanelVectors = kPanelKeys / kLanes;
 
+  // What a wave keeps of one kv head.
+  struct Head {
+    Elem *keys, *values;  // transposed panels, and as many row panels
+    int32_t* packed;      // how many of the panels are ready
+
+    Head(Carver& carver, const Forward& f)
+        : keys(carver.take<Elem>(f.panels_ * kPanelKeys * f.steps_qk_)),
+          values(carver.take<Elem>(f.panels_ * (kPanelKeys / A::kPack) * f.columns_v_)),
+          packed(carver.take<int32_t>(1)) {}
+  };
+
   // One thread's tile of query rows.
   struct Tile {
     Elem* query;  // [kTile][steps_qk_]
@@ -55,55 +66,47 @@ class Forward {
         tile_(tile_size(p, threads_)), tiles_(div_up(p.seqlen_q, tile_)), negative_(p.scale < 0),
         scale2_(log2_scale<Real>(p.scale)) {}
 
-  Status run() {
-    const int64_t heads = p_.batch * p_.heads_kv;
-    if (heads == 0 || tiles_ == 0 || group_ == 0) return Status::kOk;
-    const int64_t key_size = panels_ * kPanelKeys * steps_qk_;
-    const int64_t value_size = panels_ * (kPanelKeys / A::kPack) * columns_v_;
-    const int64_t wave = wave_size(heads, threads_, (key_size + value_size) * int64_t(sizeof(Elem)));
+  int64_t scratch_bytes() const { return layout().bytes(); }
 
-    const auto carve = [&](Carver& carver) {
-      keys_ = carver.take<Elem>(wave * key_size);
-      values_ = carver.take<Elem>(wave * value_size);
-      packed_ = carver.take<int32_t>(wave);
+  void run() const {
+    const int64_t heads = p_.batch * p_.heads_kv;
+    if (heads == 0 || tiles_ == 0 || group_ == 0) return;
+    const Layout layout = this->layout();
+    const int64_t wave = layout.wave();
+    const auto head_of = [&](int64_t unit) {
+      Carver carver = layout.head(p_.scratch, unit);
+      return Head(carver, *this);
     };
-    Carver measure;
-    carve(measure);
-    const uintptr_t shared_bytes = measure.address();
-    Tile(measure, *this);
-    const uintptr_t tile_bytes = measure.address() - shared_bytes;
-    Scratch scratch(shared_bytes + size_t(threads_) * tile_bytes);
-    if (!scratch.memory()) return Status::kNoMemory;
-    Carver carver(scratch.memory());
-    carve(carver);
-    char* tiles = reinterpret_cast<char*>(carver.address());
 
     for (int64_t first = 0; first < heads; first += wave) {
       const int64_t count = min64(wave, heads - first);
-      for (int64_t unit = 0; unit < count; ++unit) packed_[unit] = 0;
+      for (int64_t unit = 0; unit < count; ++unit) *head_of(unit).packed = 0;
       const int64_t packs = count * panels_;
       for_each(threads_, packs + count * group_ * tiles_, [&](int64_t item, int rank) {
-        Carver own(tiles + size_t(rank) * tile_bytes);
+        Carver own = layout.own(p_.scratch, rank);
         const Tile tile(own, *this);
         if (item < packs) {
           const int64_t unit = item / panels_;
-          pack_panel(tile, first + unit, item % panels_, keys_ + unit * key_size, values_ + unit * value_size);
-          add_one(&packed_[unit]);
+          const Head head = head_of(unit);
+          pack_panel(tile, first + unit, item % panels_, head);
+          add_one(head.packed);
           return;
         }
-        const int64_t unit = (item - packs) / (group_ * tiles_), head = first + unit;
+        const int64_t unit = (item - packs) / (group_ * tiles_), index = first + unit;
         const int64_t member = (item - packs) / tiles_ % group_;
         // The last rows see most under a causal limit: longest first.
         const int64_t i = (tiles_ - 1 - (item - packs) % tiles_) * tile_;
-        wait_until(&packed_[unit], int32_t(panels_));
-        attend(tile, head / p_.heads_kv, head % p_.heads_kv * group_ + member, {i, min64(i + tile_, p_.seqlen_q)},
-               keys_ + unit * key_size, values_ + unit * value_size);
+        const Head head = head_of(unit);
+        wait_until(head.packed, int32_t(panels_));
+        attend(tile, index / p_.heads_kv, index % p_.heads_kv * group_ + member, {i, min64(i + tile_, p_.seqlen_q)},
+               head.keys, head.values);
       });
     }
-    return Status::kOk;
   }
 
  private:
+  Layout layout() const { return Layout::of<Head, Tile>(*this, p_.batch * p_.heads_kv, threads_, false); }
+
   // Small problems get smaller tiles, so that every thread has several.
   static int64_t tile_size(const DenseParams& p, int threads) {
     int64_t tile = kTile;
@@ -111,14 +114,14 @@ class Forward {
     return tile;
   }
 
-  void pack_panel(const Tile& tile, int64_t head, int64_t panel, Elem* keys, Elem* values) const {
-    const int64_t b = head / p_.heads_kv, h = head % p_.heads_kv;
+  void pack_panel(const Tile& tile, int64_t index, int64_t panel, const Head& head) const {
+    const int64_t b = index / p_.heads_kv, h = index % p_.heads_kv;
     const Range live = Interval(p_, b).all_keys();
     const Range block{panel * kPanelKeys, (panel + 1) * kPanelKeys};
     if (intersect(live, block).empty()) return;
-    pack_transposed<A>(keys + panel * kPanelKeys * steps_qk_, Rows(p_.key, p_.dtype, b, h, p_.head_dim), block.begin,
+    pack_transposed<A>(head.keys + panel * kPanelKeys * steps_qk_, Rows(p_.key, p_.dtype, b, h, p_.head_dim), block.begin,
                        live, tile.query);
-    pack_rows<A>(values + panel * (kPanelKeys / A::kPack) * columns_v_, columns_v_,
+    pack_rows<A>(head.values + panel * (kPanelKeys / A::kPack) * columns_v_, columns_v_,
                  Rows(p_.value, p_.dtype, b, h, p_.head_dim_v), block.begin, kPanelKeys, live);
   }
 
@@ -247,8 +250,6 @@ class Forward {
   const int64_t tile_, tiles_;
   const bool negative_;
   const Real scale2_;
-  Elem *keys_ = nullptr, *values_ = nullptr;
-  int32_t* packed_ = nullptr;  // panels of each kv head that are ready
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

@@ -7,13 +7,24 @@
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
 
-template <template <class> class Pass>
-Status run(const DenseParams& p) {
-  if (p.dtype == Dtype::kFloat64) return Pass<F64>(p).run();
+// Calls use(pass) with the Forward or Backward of the problem's arithmetic.
+template <template <class> class Pass, class Use>
+auto with_pass(const DenseParams& p, Use use) {
+  if (p.dtype == Dtype::kFloat64) return use(Pass<F64>(p));
 #if defined(FASTATTN_BF16_DOT)
-  if (p.dtype == Dtype::kBFloat16) return Pass<BF16Dot>(p).run();
+  if (p.dtype == Dtype::kBFloat16) return use(Pass<BF16Dot>(p));
 #endif
-  return Pass<F32>(p).run();
+  return use(Pass<F32>(p));
+}
+
+template <template <class> class Pass>
+void run(const DenseParams& p) {
+  with_pass<Pass>(p, [](auto pass) { pass.run(); });
+}
+
+template <template <class> class Pass>
+int64_t scratch_bytes(const DenseParams& p) {
+  return with_pass<Pass>(p, [](const auto& pass) { return pass.scratch_bytes(); });
 }
 
 template <class A>
@@ -54,7 +65,9 @@ uint64_t read_memory(const void* memory, int64_t bytes) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_ISA_NAME, run<Forward>, run<Backward>, multiply_add_steps_of, read_memory};
+const Kernels kernels = {FASTATTN_ISA_NAME,       run<Forward>,          run<Backward>,
+                         scratch_bytes<Forward>,  scratch_bytes<Backward>, multiply_add_steps_of,
+                         read_memory};
 
 }  // namespace FASTATTN_ISA_NAMESPACE
 }  // namespace fastattn

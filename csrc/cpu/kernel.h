@@ -7,12 +7,13 @@ namespace fastattn {
 
 constexpr int kMaxHeadDim = 256;
 
-enum class Status { kOk, kNoMemory };
-
 struct Kernels {
   const char* isa;
-  Status (*dense_forward)(const DenseParams&);
-  Status (*dense_backward)(const DenseParams&);
+  void (*dense_forward)(const DenseParams&);
+  void (*dense_backward)(const DenseParams&);
+  // Bytes of working memory that the kernels need at DenseParams::scratch.
+  int64_t (*dense_forward_scratch)(const DenseParams&);
+  int64_t (*dense_backward_scratch)(const DenseParams&);
 
   // Does `steps` steps of one register tile on operands that stay in L1; returns the floating-point operations done,
   // 0 if this unit has no arithmetic of that dtype.

@@ -2,7 +2,6 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <stdlib.h>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -39,12 +38,5 @@ void wait_until(const int32_t* counter, int32_t value) {
   for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++spins)
     if (spins > 1000) sched_yield();
 }
-
-void* allocate_scratch(size_t bytes) {
-  void* memory = nullptr;
-  return posix_memalign(&memory, 64, bytes ? bytes : 64) == 0 ? memory : nullptr;
-}
-
-void free_scratch(void* memory) { free(memory); }
 
 }  // namespace fastattn

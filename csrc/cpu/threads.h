@@ -1,7 +1,6 @@
-// The kernels' view of threads and memory. The definitions are compiled once, for the baseline instruction set.
+// The kernels' view of threads. The definitions are compiled once, for the baseline instruction set.
 #pragma once
 
-#include <stddef.h>
 #include <stdint.h>
 
 namespace fastattn {
@@ -13,9 +12,5 @@ void parallel_for(int threads, int64_t count, void (*body)(void* context, int64_
 
 // Blocks until *counter has reached value.
 void wait_until(const int32_t* counter, int32_t value);
-
-// 64-byte aligned memory; null if there is none.
-void* allocate_scratch(size_t bytes);
-void free_scratch(void* memory);
 
 }  // namespace fastattn

@@ -1,4 +1,4 @@
-// Dividing a problem: scratch memory carved from one allocation, loops over threads, and waves of heads.
+// Dividing a problem: scratch memory carved from one buffer, loops over threads, and waves of heads.
 //
 // A wave is a few (batch, kv head) pairs whose packed operands exist at one time. The threads take the wave's work from
 // one list, packing first and tiles after it, so memory is bounded however many heads there are, and one head alone
@@ -29,18 +29,6 @@ class Carver {
   uintptr_t address_;
 };
 
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(allocate_scratch(bytes)) {}
-  ~Scratch() { free_scratch(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* memory() const { return memory_; }
-
- private:
-  void* memory_;
-};
-
 template <class Body>
 inline void for_each(int threads, int64_t count, Body body) {
   parallel_for(
@@ -63,6 +51,34 @@ inline int64_t wave_size(int64_t heads, int threads, int64_t bytes_per_head) {
   constexpr int64_t small = 4 << 20;
   return max64(1, min64(heads, max64(threads, small / max64(1, bytes_per_head))));
 }
+
+// Where a pass keeps what in DenseParams::scratch: a Head for each head of a wave, then an Own for each thread.
+class Layout {
+ public:
+  // Measures the structs by carving them out of nothing. `alone`: waves of one head.
+  template <class Head, class Own, class Pass>
+  static Layout of(const Pass& pass, int64_t heads, int threads, bool alone) {
+    Layout layout;
+    Carver head, own;
+    Head(head, pass);
+    Own(own, pass);
+    layout.head_bytes_ = int64_t(head.address());
+    layout.own_bytes_ = int64_t(own.address());
+    layout.wave_ = alone ? 1 : wave_size(heads, threads, layout.head_bytes_);
+    layout.threads_ = threads;
+    return layout;
+  }
+
+  int64_t wave() const { return wave_; }
+  int64_t bytes() const { return wave_ * head_bytes_ + threads_ * own_bytes_; }
+  Carver head(void* scratch, int64_t unit) const { return at(scratch, unit * head_bytes_); }
+  Carver own(void* scratch, int rank) const { return at(scratch, wave_ * head_bytes_ + rank * own_bytes_); }
+
+ private:
+  static Carver at(void* scratch, int64_t offset) { return Carver(static_cast<char*>(scratch) + offset); }
+
+  int64_t head_bytes_ = 0, own_bytes_ = 0, wave_ = 0, threads_ = 0;
+};
 
 // Query heads per kv head.
 inline int64_t group_size(const DenseParams& p) { return p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -98,13 +99,20 @@ def _dtypes(native: ModuleType) -> dict[torch.dtype, Any]:
     }
 
 
+def _launch(kernel: Callable[[Any], None], scratch_bytes: Callable[[Any], int], params: Any) -> None:
+    # From torch's allocator, like every other buffer: its memory tools then see all that a call needs.
+    scratch = torch.empty(max(scratch_bytes(params), 1), dtype=torch.uint8)
+    params.scratch = scratch.data_ptr()
+    kernel(params)
+
+
 def _forward_into(p: Problem, out: Tensor, lse: Tensor) -> None:
     native = _extension.native()
     # Kept in locals: the kernel reads them through bare pointers.
     query, key, value = _rows(p.query), _rows(p.key), _rows(p.value)
     params = _params(native, p, query, key, value)
     params.out, params.lse = _view(out), _lse_view(lse)
-    native.cpu_dense_forward(params)
+    _launch(native.cpu_dense_forward, native.cpu_dense_forward_scratch, params)
 
 
 def _backward_into(
@@ -126,7 +134,7 @@ def _backward_into(
     params.grad_query, params.grad_key, params.grad_value = (_view(g) for g in grads)
     if grad_mask is not None:
         params.grad_mask = _broadcast_view(grad_mask, p)
-    native.cpu_dense_backward(params)
+    _launch(native.cpu_dense_backward, native.cpu_dense_backward_scratch, params)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
