@@ -9,8 +9,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from fastattn import ledger
 from fastattn.backends import FAMILIES, FEATURES, Capability, capabilities
 
+# Every native kernel that csrc/CMakeLists.txt can build, and what it needs.
+KERNELS = {
+    "dense/cpu/v4_bf16": "x86-64-v4 with avx512_bf16 (bfloat16 only; other dtypes as v4)",
+    "dense/cpu/v4": "x86-64-v4 (AVX-512)",
+    "dense/cpu/v3": "x86-64-v3 (AVX2)",
+    "dense/cpu/baseline": "any x86-64",
+    "dense/cpu/neon": "aarch64",
+}
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->\n"
 
@@ -27,6 +36,16 @@ def table(family: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def hardware() -> str:
+    """Which kernels the ledger holds a passing record of."""
+    lines = ["| kernel | needs | verified on |", "| --- | --- | --- |"]
+    for kernel, needs in KERNELS.items():
+        records = [record for record in ledger.load_records() if kernel in record["kernels"]]
+        devices = ", ".join(sorted(f"{r['device']['name']} ({r['recorded'][:10]})" for r in records))
+        lines.append(f"| `{kernel}` | {needs} | {devices or 'not verified on hardware'} |")
+    return "\n".join(lines) + "\n"
+
+
 def _dtypes(capability: Capability) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in capability.dtypes))
 
@@ -35,7 +54,7 @@ def main() -> int:
     readme = README.read_text()
     head, rest = readme.split(BEGIN)
     _, tail = rest.split(END)
-    current = head + BEGIN + "\n".join(table(family) for family in FAMILIES) + END + tail
+    current = head + BEGIN + "\n".join([*map(table, FAMILIES), hardware()]) + END + tail
     if "--check" in sys.argv:
         if readme != current:
             print("README.md: the support matrix is out of date; run python docs/support_matrix.py")

@@ -5,6 +5,7 @@
 // include no standard C++ header: a weak std:: symbol compiled for AVX-512 would crash an older CPU.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #if defined(__x86_64__)
