@@ -11,6 +11,7 @@ import torch
 
 # Float64 leaves about this much of an exact fit's relative residual.
 NOISE = 1e-9
+QUADRATIC_GAIN = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def fit_growth(lengths: Sequence[int], sizes: Sequence[float]) -> Fit:
 
     Three coefficients have seven non-empty supports: each is solved without the sign condition, and the best of those
     that satisfy it is the answer (Lawson and Hanson, 1974, reduce larger problems to the same search). A term counts
-    only if it improves the fit beyond rounding, so noise does not become a quadratic term.
+    only if it improves the fit beyond rounding, a quadratic one only if it improves the sum of squares tenfold: buffers
+    grow in steps, and a step is no law of growth to extrapolate by.
 
     Raises:
         ValueError: fewer than two points, or a size that is not positive.
@@ -66,19 +68,18 @@ def fit_growth(lengths: Sequence[int], sizes: Sequence[float]) -> Fit:
     design_NT = torch.stack([torch.ones_like(length_N), length_N / scale, (length_N / scale) ** 2], dim=1)
     design_NT = design_NT / size_N[:, None]
     best_loss, best_T = math.inf, torch.zeros(3, dtype=torch.float64)
-    for count in (1, 2, 3):
-        for support in combinations(range(3), count):
-            if count > len(lengths):
-                continue
-            part = design_NT[:, list(support)]
-            solution = torch.linalg.lstsq(part, torch.ones_like(size_N)).solution
-            if solution.min() < 0:
-                continue
-            loss = (part @ solution - 1).square().sum().item()
-            if loss < best_loss * (1 - NOISE) - NOISE**2:
-                best_loss = loss
-                best_T = torch.zeros(3, dtype=torch.float64)
-                best_T[list(support)] = solution
+    supports = [s for count in (1, 2, 3) for s in combinations(range(3), count) if count <= len(lengths)]
+    for support in sorted(supports, key=lambda support: 2 in support):
+        part = design_NT[:, list(support)]
+        solution = torch.linalg.lstsq(part, torch.ones_like(size_N)).solution
+        if solution.min() < 0:
+            continue
+        loss = (part @ solution - 1).square().sum().item()
+        gain = QUADRATIC_GAIN if 2 in support and best_T[2] == 0 else 1.0
+        if loss * gain < best_loss * (1 - NOISE) - NOISE**2:
+            best_loss = loss
+            best_T = torch.zeros(3, dtype=torch.float64)
+            best_T[list(support)] = solution
     residual = (design_NT @ best_T - 1).abs().max().item()
     constant, linear, quadratic = (best_T / torch.stack([scale**0, scale, scale**2])).tolist()
     return Fit(constant, linear, quadratic, residual)

@@ -52,3 +52,10 @@ def test_bad_points():
         fit_growth([512], [1.0])
     with pytest.raises(ValueError, match="positive"):
         fit_growth([512, 1024], [1.0, 0.0])
+
+
+def test_steps_of_buffers_are_not_a_quadratic_term():
+    """Fails if a fit that a small quadratic term improves by a few per cent is extrapolated by it."""
+    fit = fit_growth([1024, 2048, 4096, 8192], [11.49, 19.5, 38.6, 76.7])
+    assert fit.quadratic == 0
+    assert fit.residual < 0.06
