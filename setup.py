@@ -1,8 +1,7 @@
 """Builds fastattn: the Python package, the Triton sources of kernels/ as fastattn.kernels, and the C++ extension.
 
 CMake and Ninja build `fastattn._native` from csrc/, which needs a C++17 compiler and no torch. Environment:
-    FASTATTN_NATIVE=off          pure Python: the reference and Triton backends only
-    FASTATTN_CUDA=auto|on|off    CUDA kernels: where nvcc is found (auto, the default), required, or left out
+    FASTATTN_NATIVE=off          pure Python: the reference backend only
     MAX_JOBS=N                   parallel compile jobs
 """
 
@@ -42,9 +41,10 @@ class CMakeBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
+        # Build isolation moves cmake, ninja and pybind11 from one build to the next: configure anew, keep the objects.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             tool("cmake"),
-            "--fresh",  # build isolation moves cmake, ninja and pybind11 from one build to the next
             "-S",
             str(ROOT / "csrc"),
             "-B",
@@ -56,7 +56,6 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
-            f"-DFASTATTN_CUDA={os.environ.get('FASTATTN_CUDA', 'auto')}",
         ]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

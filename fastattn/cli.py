@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastattn.bench.presets import Preset
     from fastattn.bench.suites import Problem
 
-# torch takes seconds to import: every command imports what it needs itself, so that --help is quick.
+# Plots, tables and the measuring code take long to import: each command imports what it needs itself.
 
 app = typer.Typer(
     help="Fused attention for PyTorch: look at an installation, check its accuracy, measure its speed and memory.",

@@ -1,7 +1,8 @@
 """`make check`: builds wheels without network or build isolation, and uses them away from the checkout.
 
-Fails when building takes 90 s or a wheel 10 MB, when a file is missing or `kernels` lands at top level, or when the
-installed copy cannot compute attention: with the C++ extension, and in pure Python (FASTATTN_NATIVE=off).
+Fails when a wheel takes 10 MB, when a file is missing or `kernels` lands at top level, or when the installed copy cannot
+compute attention: with the C++ extension, and in pure Python (FASTATTN_NATIVE=off). Objects that the checkout has built
+already are used again, so the time that it prints is not that of a first build.
 """
 
 import os
@@ -39,7 +40,6 @@ def check(native: str, expected_backend: str) -> None:
         (wheel,) = Path(scratch).glob("*.whl")
         megabytes = wheel.stat().st_size / 1e6
         names = zipfile.ZipFile(wheel).namelist()
-        assert seconds < 90, f"building took {seconds:.0f} s"
         assert megabytes < 10, f"the wheel has {megabytes:.1f} MB"
         assert "fastattn/kernels/__init__.py" in names
         assert "fastattn/py.typed" in names
