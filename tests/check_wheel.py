@@ -1,8 +1,8 @@
 """`make check`: builds wheels without network or build isolation, and uses them away from the checkout.
 
 Fails when a wheel takes 10 MB, when a file is missing or `kernels` lands at top level, or when the installed copy
-cannot compute attention: with the C++ extension, and in pure Python (FASTATTN_NATIVE=off). Objects that the checkout has
-built already are used again, so the time that it prints is not that of a first build.
+cannot compute attention: with the C++ extension, and in pure Python (FASTATTN_NATIVE=off). Objects that the checkout
+has built already are used again, so the time that it prints is not that of a first build.
 """
 
 import os
