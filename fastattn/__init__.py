@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn._version import __version__
 from fastattn.dense.api import attention, explain, merge_partials
+from fastattn.dense.kvcache import attention_with_kvcache
 from fastattn.dense.sdpa import scaled_dot_product_attention
 from fastattn.dense.varlen import attention_varlen
 from fastattn.errors import UnsupportedError
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "attention_with_kvcache",
     "explain",
     "merge_partials",
     "replace_attention",

@@ -1,5 +1,7 @@
 """For every test: a fresh random seed that a failure prints, and uninitialised memory that is NaN.
 
+Without a GPU, Triton's interpreter runs the `triton` backend on CPU tensors.
+
 Seeds: `FASTATTN_TEST_SEED=<number> pytest ...` repeats a run. Each test seeds torch, Python's random and its own `seed`
 fixture from that number and its name, so that it repeats alone and in any order.
 """
@@ -14,6 +16,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when fastattn declares the backend, so before it is imported
 
 from fastattn import _extension, verify
 from fastattn.verify.poison import poisoned_allocations

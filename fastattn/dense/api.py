@@ -77,7 +77,8 @@ def attention(
         scale: factor on query @ key^T; default 1 / sqrt(D).
         return_lse: also return the natural-log sum of exponentials of each row.
         deterministic: bit-identical repeats; also implied by torch.use_deterministic_algorithms.
-        backend: the backend to use, by name; None takes the first that supports the call.
+        backend: the backend to use, by name; None takes the first that supports the call, or PyTorch's own attention
+            ("sdpa") where the hardware ledger records that as faster on this device: `explain` says which.
 
     Returns:
         out (B, Hq, Sq, Dv) over (B, Sq, Hq, Dv) memory, or (out, lse) with lse (B, Hq, Sq) float32 (float64 for
@@ -106,7 +107,7 @@ def attention(
         deterministic=deterministic,
         backend=backend,
     )
-    out, lse = attention_op(problem)
+    out, lse = attention_op(problem, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -140,6 +141,7 @@ def normalise(
     backend: str | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Problem:
     """The `Problem` of a call whose query, key and value are checked; shape is (sequences, Hq, max Sq, max Sk)."""
     batch, heads = shape[:2]
@@ -159,6 +161,7 @@ def normalise(
         key_lengths=check.per_sequence("key_lengths", key_lengths, batch, query),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        block_table=block_table,
         max_seqlen_q=shape[2],
         max_seqlen_k=shape[3],
         query_offset=offset,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.dense.problem import default_scale
@@ -16,6 +17,7 @@ def naive_attention(
     attn_mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """softmax(scale * query @ key^T + mask) @ value, every step a PyTorch operation in the input's dtype.
 
@@ -45,4 +47,5 @@ def naive_attention(
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         else:
             scores = scores + attn_mask.to(scores.dtype)
-    return scores.softmax(dim=-1) @ value
+    probs = scores.softmax(dim=-1)
+    return (F.dropout(probs, dropout_p) if dropout_p else probs) @ value

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn import _extension
 from fastattn.backends import Capability
+from fastattn.dense.append import append as append
 from fastattn.dense.problem import Problem, allocate_backward, allocate_forward
 
 CAPABILITY = Capability(
@@ -25,6 +26,7 @@ CAPABILITY = Capability(
             "backward",
             "causal",
             "window",
+            "alignment",
             "query_start",
             "key_start",
             "key_lengths",
@@ -32,6 +34,7 @@ CAPABILITY = Capability(
             "bool_mask",
             "float_bias",
             "bias_grad",
+            "lse_grad",
             "gqa",
             "value_dim",
             "deterministic",

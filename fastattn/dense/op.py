@@ -1,4 +1,4 @@
-"""The registered ops of dense attention, their autograd, fakes and FLOP counts.
+"""The registered ops of dense attention, their autograd and fakes.
 
 An op selects a backend and launches it. Gradients go through an `autograd.Function`, entered only where something needs
 one: registering autograd on the op itself would cost several times as much per call.
@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import backends
 from fastattn.dense import reference
+from fastattn.dense.flops import register_when_imported
 from fastattn.dense.problem import ARGUMENTS, TENSORS, Problem, allocate_backward, allocate_forward
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
     "Tensor? query_start, Tensor? key_start, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt? query_offset, SymInt? window_left, "
-    "SymInt? window_right, float scale, float? softcap, float dropout_p, bool deterministic, str? backend"
+    "Tensor? block_table, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt? query_offset, "
+    "SymInt? window_left, SymInt? window_right, float scale, float? softcap, float dropout_p, bool deterministic, "
+    "str? backend"
 )
 _library = torch.library.Library("fastattn", "DEF")
 _library.define(f"dense_forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
@@ -41,7 +42,8 @@ def _backward(
     out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, mask_grad: bool, *args: Any
 ) -> tuple[Tensor, ...]:
     p = Problem(*args)
-    needs = p.requirements("backward", *(["bias_grad"] if mask_grad else []))
+    extra = [name for name, needed in (("bias_grad", mask_grad), ("lse_grad", grad_lse is not None)) if needed]
+    needs = p.requirements("backward", *extra)
     launcher = backends.select("dense", needs, p.backend)
     return launcher.backward(p, out, lse, grad_out, grad_lse, mask_grad)
 
@@ -62,59 +64,62 @@ def _(
     return allocate_backward(Problem(*args), mask_grad)
 
 
-def _matmul_flops(args: tuple, products: tuple[str, ...]) -> int:
-    """FLOPs of the named (Sq, Sk) x head_dim products, over all keys as torch counts its own attention."""
-    p = Problem(*args)
-    batch, heads, seqlen_q, head_dim = p.query.shape
-    pairs = batch * seqlen_q * p.key.shape[2]
-    if p.cu_seqlens_q is not None and p.cu_seqlens_q.device.type != "meta":
-        assert p.cu_seqlens_k is not None
-        pairs = int((p.cu_seqlens_q.diff() * p.cu_seqlens_k.diff()).sum())
-    width = {"query": head_dim, "value": p.value.shape[3]}
-    return sum(2 * heads * pairs * width[product] for product in products)
-
-
-@register_flop_formula(torch.ops.fastattn.dense_forward, get_raw=True)
-def _forward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:
-    return _matmul_flops(args, ("query", "value"))
-
-
-@register_flop_formula(torch.ops.fastattn.dense_backward, get_raw=True)
-def _backward_flops(out: Any, lse: Any, grad_out: Any, grad_lse: Any, mask_grad: Any, *args: Any, **_: Any) -> int:
-    # The scores again, then the gradients of probabilities, values, queries and keys.
-    return _matmul_flops(args, ("query", "value", "value", "query", "query"))
+register_when_imported()
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.fastattn.dense_forward(*args)
-        ctx.save_for_backward(out, lse, *args[: len(TENSORS)])
-        ctx.scalars = args[len(TENSORS) :]
-        ctx.set_materialize_grads(False)
-        return out, lse
+        return _run_and_save(ctx, args)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, *tensors = ctx.saved_tensors
-        args = (*tensors, *ctx.scalars)
-        needed = dict(zip(ARGUMENTS, ctx.needs_input_grad, strict=True))
-        if torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
-            found = reference.differentiable_gradients(Problem(*args), grad_out, grad_lse)
-        else:
-            grads = torch.ops.fastattn.dense_backward(
-                out,
-                lse,
-                torch.zeros_like(out) if grad_out is None else grad_out,
-                grad_lse,
-                needed["attn_mask"],
-                *args,
-            )
-            found = dict(zip(("query", "key", "value", "attn_mask", "sinks"), grads, strict=True))
-        return tuple(found.get(name) if needed[name] else None for name in ARGUMENTS)
+        return _gradients(ctx, grad_out, grad_lse)
 
 
-def _transformed() -> bool:
+class _AttentionWithoutLSE(torch.autograd.Function):
+    """For callers that drop the LSE: compiled code would hand its backward a gradient of zeros, which costs as much as
+    any other and keeps it from backends that take none."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _run_and_save(ctx, args)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad_out, None)
+
+
+def _run_and_save(ctx: Any, args: tuple) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.fastattn.dense_forward(*args)
+    ctx.save_for_backward(out, lse, *args[: len(TENSORS)])
+    ctx.scalars = args[len(TENSORS) :]
+    ctx.set_materialize_grads(False)
+    return out, lse
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    args = (*tensors, *ctx.scalars)
+    needed = dict(zip(ARGUMENTS, ctx.needs_input_grad, strict=True))
+    if torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
+        found = reference.differentiable_gradients(Problem(*args), grad_out, grad_lse)
+    else:
+        grads = torch.ops.fastattn.dense_backward(
+            out,
+            lse,
+            torch.zeros_like(out) if grad_out is None else grad_out,
+            grad_lse,
+            needed["attn_mask"],
+            *args,
+        )
+        found = dict(zip(("query", "key", "value", "attn_mask", "sinks"), grads, strict=True))
+    return tuple(found.get(name) if needed[name] else None for name in ARGUMENTS)
+
+
+def transformed() -> bool:
     """Whether a torch.func transform or forward-mode AD is active, which the ops do not see through."""
     if torch.compiler.is_compiling():
         return False
@@ -130,9 +135,12 @@ def _distinct(args: tuple) -> tuple:
     return tuple(distinct)
 
 
-def attention_op(p: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a validated problem, differentiable in query, key, value, attn_mask and sinks."""
-    if _transformed():
+def attention_op(p: Problem, lse_grad: bool = True) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a validated problem, differentiable in query, key, value, attn_mask and sinks.
+
+    Without `lse_grad` no gradient flows through the LSE.
+    """
+    if transformed():
         backends.select("dense", p.requirements("transforms"), p.backend)
         return reference.formula(p)
     args = p.args()
@@ -140,5 +148,9 @@ def attention_op(p: Problem) -> tuple[Tensor, Tensor]:
         args = _distinct(args)
     differentiable = (p.query, p.key, p.value, p.attn_mask, p.sinks)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        return _Attention.apply(*args)
+        if p.backend is not None and not torch.compiler.is_compiling():
+            # One that lacks the backward refuses before the forward runs.
+            mask_grad = p.attn_mask is not None and p.attn_mask.requires_grad
+            backends.select("dense", p.requirements("backward", *(["bias_grad"] if mask_grad else [])), p.backend)
+        return (_Attention if lse_grad else _AttentionWithoutLSE).apply(*args)
     return torch.ops.fastattn.dense_forward(*args)

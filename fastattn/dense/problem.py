@@ -13,7 +13,10 @@ from torch import Tensor
 
 from fastattn.backends import Requirements
 
-_OPTIONAL_FEATURES = ("query_start", "key_start", "key_lengths", "packed", "softcap", "alibi", "sinks", "dropout")
+_OPTIONAL_FEATURES = (
+    *("query_start", "key_start", "key_lengths", "packed", "paged"),
+    *("softcap", "alibi", "sinks", "dropout"),
+)
 LSE_DTYPE = {torch.float64: torch.float64}  # float32 for every other dtype
 
 
@@ -24,7 +27,8 @@ class Problem:
     Query i stands at key position p = i + query_offset + query_start[b] and sees the keys j with
     max(key_start[b], p - window_left) <= j <= min(key_lengths[b] - 1, p + window_right); None leaves a side open, and
     causal is window_right <= 0. Packed sequences have B = 1 and S = the total length; each is aligned by its own
-    lengths, and the (B,)-shaped tensors then count sequences.
+    lengths, and the (B,)-shaped tensors then count sequences. Paged keys are (pages, Hkv, page_size, D): key j of
+    sequence b is row j % page_size of page block_table[b, j // page_size].
     """
 
     query: Tensor
@@ -38,6 +42,7 @@ class Problem:
     key_lengths: Tensor | None  # (B,) int32
     cu_seqlens_q: Tensor | None  # (B + 1,) int32
     cu_seqlens_k: Tensor | None  # (B + 1,) int32
+    block_table: Tensor | None  # (B, pages per sequence) int32; not packed
     rng: Tensor | None  # int64 [seed, offset], with dropout_p > 0
     max_seqlen_q: int
     max_seqlen_k: int
@@ -56,9 +61,15 @@ class Problem:
         return tuple([getattr(self, name) for name in ARGUMENTS])
 
     @property
+    def seqlen_k(self) -> int:
+        """Sk; of packed sequences the total length, of pages what a row of the block table holds."""
+        rows = self.key.shape[2]
+        return rows if self.block_table is None else rows * self.block_table.shape[1]
+
+    @property
     def offset(self) -> int:
         """query_offset with its default resolved; not for packed problems, whose sequences each have their own."""
-        return self.key.shape[2] - self.query.shape[2] if self.query_offset is None else self.query_offset
+        return self.seqlen_k - self.query.shape[2] if self.query_offset is None else self.query_offset
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
@@ -67,11 +78,14 @@ class Problem:
     def requirements(self, *extra: str) -> Requirements:
         q, mask = self.query, self.attn_mask
         shape_q, shape_k, shape_v = q.shape, self.key.shape, self.value.shape
+        seqlen_q, seqlen_k = shape_q[2], self.seqlen_k
         features = [*extra]
         if self.window_right == 0:
             features.append("causal")
         if self.window_left is not None or self.window_right not in (None, 0):
             features.append("window")
+        if len(features) > len(extra) and (seqlen_q != seqlen_k or self.query_offset):
+            features.append("alignment")
         if mask is not None:
             features.append("bool_mask" if mask.dtype == torch.bool else "float_bias")
         if shape_q[1] != shape_k[1]:
@@ -83,6 +97,7 @@ class Problem:
             self.key_start,
             self.key_lengths,
             self.cu_seqlens_q,
+            self.block_table,
             self.softcap,
             self.alibi_slopes,
             self.sinks,
@@ -91,18 +106,27 @@ class Problem:
         features += compress(_OPTIONAL_FEATURES, [value is not None for value in optional])
         if self.deterministic:
             features.append("deterministic")
-        return Requirements(q.device.type, q.dtype, max(shape_q[3], shape_v[3]), frozenset(features))
+        # Nearly square problems only: those are what the ledger records times of.
+        bits_q, bits_k = (seqlen_q - 1).bit_length(), (seqlen_k - 1).bit_length()
+        return Requirements(
+            q.device.type,
+            q.dtype,
+            max(shape_q[3], shape_v[3]),
+            frozenset(features),
+            q.device.index,
+            1 << bits_q if bits_q == bits_k else 0,
+        )
 
     def check_values(self) -> None:
         """Raise ValueError for lengths or boundaries that do not fit the tensors.
 
         Runs on the CPU; elsewhere only under FASTATTN_CHECK=1, because reading the values would wait for the device.
         """
-        if self.cu_seqlens_q is None and self.key_start is None and self.key_lengths is None:
+        if self.cu_seqlens_q is self.key_start is self.key_lengths is self.block_table is None:
             return
         if self.query.device.type != "cpu" and os.environ.get("FASTATTN_CHECK") != "1":
             return
-        seqlens_k = [self.key.shape[2]] * self.query.shape[0]
+        seqlens_k = [self.seqlen_k] * self.query.shape[0]
         if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
             _check_boundaries("q", self.cu_seqlens_q, self.query.shape[2], self.max_seqlen_q)
             seqlens_k = _check_boundaries("k", self.cu_seqlens_k, self.key.shape[2], self.max_seqlen_k)
@@ -116,6 +140,9 @@ class Problem:
                     raise ValueError(
                         f"fastattn: key_lengths[{b}] must be between 0 and the key length {seqlens_k[b]}, got {length}"
                     )
+                seqlens_k[b] = length
+        if self.block_table is not None:
+            check_pages(self.block_table, seqlens_k, self.key.shape[2], self.key.shape[0])
 
     def sequences(self) -> Iterator[tuple[slice, slice, Problem]]:
         """A packed problem's sequences, each as (its query rows, its key rows, a problem of batch size 1 on views)."""
@@ -158,6 +185,16 @@ class Problem:
 
 ARGUMENTS = tuple(field.name for field in fields(Problem))[:-1]
 TENSORS = ARGUMENTS[: ARGUMENTS.index("rng") + 1]
+
+
+def check_pages(block_table: Tensor, lengths: list[int], page_size: int, pages: int) -> None:
+    """Raise ValueError where a sequence of these lengths uses a page that there is not; other entries are free."""
+    for b, (row, length) in enumerate(zip(block_table.tolist(), lengths, strict=True)):
+        for slot in range(-(-length // page_size)):
+            if not 0 <= row[slot] < pages:
+                raise ValueError(
+                    f"fastattn: block_table[{b}, {slot}] must be a page from 0 to {pages - 1}, got {row[slot]}"
+                )
 
 
 def _check_boundaries(side: str, cu_seqlens: Tensor, total: int, longest: int) -> list[int]:

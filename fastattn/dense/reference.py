@@ -6,12 +6,13 @@ every kernel is held to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastattn.backends import FEATURES, Capability
+from fastattn.dense.append import append as append
 from fastattn.dense.philox import dropout_keep
 from fastattn.dense.problem import Problem, allocate_backward, allocate_forward
 
@@ -160,9 +161,18 @@ def formula(p: Problem) -> tuple[Tensor, Tensor]:
             return formula(p)
     if p.cu_seqlens_q is not None:
         return _formula_packed(p)
-    parts = _parts(p)
+    parts = _parts(_gathered(p))
     dropped = parts.probabilities if parts.kept is None else parts.probabilities * parts.kept
     return (dropped @ parts.value).to(p.query.dtype), parts.lse
+
+
+def _gathered(p: Problem) -> Problem:
+    """The problem with each sequence's pages copied one after another."""
+    if p.block_table is None:
+        return p
+    pages = p.block_table.long().clamp(0, max(p.key.shape[0] - 1, 0))  # entries that no key uses may be anything
+    key, value = (cache[pages].transpose(1, 2).flatten(2, 3) for cache in (p.key, p.value))
+    return replace(p, key=key, value=value, block_table=None)
 
 
 def _formula_packed(p: Problem) -> tuple[Tensor, Tensor]:

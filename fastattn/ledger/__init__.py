@@ -16,8 +16,9 @@ Schema 1, one object:
     cases     [{case, ratios: {"cpu/x86-64-v4 float32": 0.41, ...}}]: for each kernel and dtype the largest error of
               output, LSE and gradients, divided by the bar it must not pass (1 is the bar). null: a failure without a
               finite error
-    timings   [{shape, dtype, causal, pass, fastattn_ms, sdpa_ms, speedup}]: interleaved medians beside PyTorch's
-              scaled_dot_product_attention
+    timings   [{shape, dtype, causal, pass, fastattn_ms, sdpa_ms, speedup, delegated_ms}]: interleaved medians beside
+              PyTorch's scaled_dot_product_attention, called directly and (delegated_ms, null where it cannot run) as
+              backend "sdpa". Selection reads the latter: see `sdpa_advantage`
 
 This module imports nothing but the standard library.
 """
@@ -25,6 +26,7 @@ This module imports nothing but the standard library.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -35,6 +37,12 @@ from typing import Any
 SCHEMA = 1
 FOLDER = Path(__file__).parent
 _LISTS = ("cases", "timings")
+
+# What PyTorch's attention must be ahead by for calls to go to it: less is within the noise of medians of five, and not
+# worth running code that is not ours.
+MARGIN = 1.1
+# A recorded length speaks for lengths within this factor: short and long problems are bound by different things.
+REACH = 4
 
 
 @lru_cache(maxsize=1)
@@ -108,3 +116,34 @@ def status(kernel_digests: Mapping[str, str], device: str | None = None, folder:
     if not kernel_digests or unverified(kernel_digests, device, folder):
         return "not verified on this hardware"
     return f"verified on {record['device']['name']}"
+
+
+def sdpa_advantage(
+    timings: Iterable[Mapping[str, Any]], *, dtype: str, head_dim: int, causal: bool, backward: bool, seqlen: int
+) -> float | None:
+    """fastattn's recorded time over that of backend "sdpa", where the latter is ahead by more than noise.
+
+    Args:
+        timings: of a record.
+        dtype, head_dim, causal: of the problem; a row must have the same.
+        backward: the backward alone is meant (the recorded "forward+backward" less "forward"), not the forward.
+        seqlen: the nearest recorded length decides, if it is within `REACH`.
+
+    Returns:
+        the factor, at least `MARGIN`; None where it is less, or not recorded.
+    """
+    times = {
+        (row["shape"][2], row["pass"]): (row["fastattn_ms"], row["delegated_ms"])
+        for row in timings
+        if row.get("delegated_ms") and (row["dtype"], row["shape"][3], row["causal"]) == (dtype, head_dim, causal)
+    }
+    if not times:
+        return None
+    nearest = min(sorted(length for length, _ in times), key=lambda length: abs(math.log(length / seqlen)))
+    if not 1 / REACH <= nearest / seqlen <= REACH:
+        return None
+    forward, both = times.get((nearest, "forward")), times.get((nearest, "forward+backward"))
+    if forward is None or (backward and both is None):
+        return None
+    ours, sdpa = (b - f for b, f in zip(both, forward, strict=True)) if backward and both else forward
+    return ours / sdpa if 0 < sdpa * MARGIN <= ours else None

@@ -123,7 +123,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             _in_four_dims(attn_mask, shape[:2], learned), _in_four_dims(key_padding_mask, None, learned), q_NHLD.dtype
         )
         problem = self._problem(q_NHLD, k_NHSD, v_NHSD, shape, is_causal, learned, attn_mask=mask)
-        out_NHLD, lse_NHL = attention_op(problem)
+        out_NHLD, lse_NHL = attention_op(problem, need_weights)
         batched = query.dim() == 3
         out = out_NHLD.transpose(1, 2).flatten(2)
         if not batched:

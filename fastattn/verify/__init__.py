@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from fastattn import _extension, ledger
-from fastattn.backends import capabilities
+from fastattn._digest import digest
+from fastattn.backends import DELEGATE, capabilities
 from fastattn.verify.cases import GRID, Case, find_case
 from fastattn.verify.check import CaseResult, run_case
 from fastattn.verify.timings import timings
@@ -85,6 +86,22 @@ class Report:
         return "\n".join(lines)
 
 
+def backends_on(device: str, *dtypes: torch.dtype, own: bool = False) -> list[str]:
+    """The backends present on this machine that run on the device, and in all of these dtypes; in selection order.
+
+    With ``own``, without PyTorch's own attention.
+    """
+    kind = torch.device(device).type
+    return [
+        c.backend
+        for c in capabilities("dense")
+        if not c.unavailable()
+        and (not c.devices or kind in c.devices)
+        and all(c.has_dtype(dtype, kind) for dtype in dtypes)
+        and not (own and c.backend == DELEGATE)
+    ]
+
+
 def instruction_sets(backend: str) -> tuple[str, ...]:
     """The instruction sets a backend can be forced to on this machine; ("",) where there is no choice."""
     if backend != "cpu":
@@ -133,12 +150,10 @@ def verify(
         ValueError: an unknown backend, or one that cannot run on the device at all.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = torch.device(device).type
-    present = {c.backend for c in capabilities("dense") if not c.unavailable() and (not c.devices or kind in c.devices)}
-    ordered = [c.backend for c in capabilities("dense") if c.backend in present]
-    chosen = ordered if backends is None else list(backends)
+    present = backends_on(device)
+    chosen = present if backends is None else list(backends)
     if unknown := [name for name in chosen if name not in present]:
-        raise ValueError(f"backends: {', '.join(unknown)} cannot run on {device} here; there are {', '.join(ordered)}")
+        raise ValueError(f"backends: {', '.join(unknown)} cannot run on {device} here; there are {', '.join(present)}")
     # Backend and instruction set innermost: they share the truth, which costs more than the kernels.
     targets = [(backend, isa) for backend in chosen for isa in instruction_sets(backend)]
     plan = [(case, dtype, target) for case in cases for dtype in dtypes or DTYPES for target in targets]
@@ -154,9 +169,17 @@ def verify(
 
 
 def kernel_digests(device: str = "cpu") -> dict[str, str]:
-    """{"dense/cpu/<instruction set>": digest} of the compiled kernels that run here; {} without a native build."""
+    """{"dense/cpu/<instruction set>" or "dense/triton": digest} of the kernels that run on the device.
+
+    {} on a CPU without a native build.
+    """
+    if torch.device(device).type != "cpu":
+        import fastattn.kernels
+
+        folder = Path(fastattn.kernels.__path__[0])
+        return {"dense/triton": digest(sorted(folder.glob("dense_*.py")))}
     native, _ = _extension.load()
-    if native is None or torch.device(device).type != "cpu":
+    if native is None:
         return {}
     digests = native.build_info()["digests"]
     return {f"dense/cpu/{isa}": digests[isa] for isa in native.cpu_isas()}
@@ -197,8 +220,8 @@ def record(report: Report, path: Path | str | None = None, with_timings: bool = 
     by_kernel = {kernel: [row for row in report.rows if row.kernel == kernel] for kernel in report.kernels()}
     full = len(GRID) * len(DTYPES)
     proved = {k for k, rows in by_kernel.items() if len(rows) == full and all(row.result.passed for row in rows)}
-    best = capabilities("dense")[0].backend
-    rows = list(timings(best, report.device, (torch.float32, torch.bfloat16))) if with_timings else []
+    best = backends_on(report.device, own=True)[0]
+    rows = list(timings(best, report.device)) if with_timings else []
     by_case: dict[str, list[Row]] = {}
     for row in report.rows:
         by_case.setdefault(row.result.case.name, []).append(row)

@@ -9,7 +9,7 @@ seconds on a CPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Mask = Literal["bool", "bias", "bias_float32"]
 Fill = Literal["random", "empty_rows", "neg_inf", "finite_mask"]
@@ -38,6 +38,8 @@ class Case:
         layout: how the inputs lie in memory.
         magnitude: standard deviation of query and key.
         packed: (query lengths, key lengths) of the sequences of an ``attention_varlen`` problem.
+        page_size: rows of a page of an ``attention_with_kvcache`` problem, forward only. ``query_start`` is then
+            ``key_lengths`` less ``q_len`` (see ``_paged``), so that the case means the same without pages.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Case:
     layout: Layout = "bhsd"
     magnitude: float = 1.0
     packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    page_size: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -93,16 +96,19 @@ class Case:
     def features(self) -> frozenset[str]:
         """The names of the features (keys of ``fastattn.backends.FEATURES``) that a backend needs for it."""
         present = {
-            "backward": True,
+            "backward": self.page_size is None,
             "causal": self.causal,
             "window": self.window is not None,
+            "alignment": self._off_the_diagonal,
             "query_start": isinstance(self.query_start, tuple),
             "key_start": self.key_start is not None,
             "key_lengths": self.key_lengths is not None,
             "packed": self.packed is not None,
+            "paged": self.page_size is not None,
             "bool_mask": self.mask == "bool",
             "float_bias": self.mask not in (None, "bool"),
             "bias_grad": self.mask not in (None, "bool") and self.mask_grad,
+            "lse_grad": self.lse and self.page_size is None,
             "gqa": self.hkv != self.heads,
             "value_dim": self.dv != self.head_dim,
             "softcap": self.softcap is not None,
@@ -112,6 +118,11 @@ class Case:
             "deterministic": self.deterministic,
         }
         return frozenset(name for name, needed in present.items() if needed)
+
+    @property
+    def _off_the_diagonal(self) -> bool:
+        moved = isinstance(self.query_start, int) and self.query_start != 0
+        return (self.causal or self.window is not None) and (self.q_len != self.k_len or moved)
 
 
 _LENGTHS = [
@@ -144,6 +155,7 @@ _INTERVALS = [
     Case("window_asymmetric", q_len=65, k_len=127, window=(0, 31)),
     Case("window_diagonal", window=(0, 0)),
     Case("window_causal", batch=1, q_len=300, k_len=300, causal=True, window=(40, None)),
+    Case("window_wide", batch=1, q_len=300, k_len=300, causal=True, window=(200, None)),  # whole tiles within it
     Case("window_causal_right_ignored", causal=True, window=(5, 9)),
     Case("window_empty_rows", q_len=200, k_len=63, window=(7, 7), lse=True),
     Case("query_start_0", q_len=65, k_len=127, causal=True, query_start=0),
@@ -295,6 +307,42 @@ _PACKED = [
     ),
 ]
 
+
+def _paged(name: str, page_size: int, q_len: int, key_lengths: tuple[int, ...], **options: Any) -> Case:
+    return Case(
+        name,
+        batch=len(key_lengths),
+        q_len=q_len,
+        key_lengths=key_lengths,
+        query_start=tuple(length - q_len for length in key_lengths),
+        page_size=page_size,
+        lse=True,
+        **options,
+    )
+
+
+_PAGED = [
+    _paged("paged_decode", 16, 1, (130, 33), heads=8, kv_heads=2, k_len=130),
+    _paged("paged_chunk", 32, 5, (100, 64), k_len=100, causal=True, head_dim=80),
+    _paged("paged_small_pages", 3, 7, (70, 8), k_len=70, window=(20, 2)),
+    _paged("paged_ragged", 64, 9, (200, 0, 64, 5), k_len=200, heads=4, kv_heads=2, value_dim=33, causal=True),
+    _paged("paged_bias", 16, 6, (96, 50), k_len=96, mask="bias", mask_shape="B1QK", mask_grad=False),
+    _paged(
+        "paged_extras",
+        8,
+        4,
+        (90, 41),
+        heads=4,
+        kv_heads=1,
+        k_len=90,
+        causal=True,
+        key_start=(11, 0),
+        softcap=3.0,
+        alibi="H",
+        sinks=True,
+    ),
+]
+
 GRID: tuple[Case, ...] = (
     Case("full"),
     *_LENGTHS,
@@ -307,6 +355,7 @@ GRID: tuple[Case, ...] = (
     *_EXTRAS,
     *_EMPTY,
     *_PACKED,
+    *_PAGED,
 )
 """Every case, in the order in which a report lists them."""
 

@@ -57,6 +57,11 @@ def _differentiate(
     case: Case, results: tuple[Tensor, Tensor | None], inputs: Inputs, leaves: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     out, lse = results
+    found = {"out": out.detach()}
+    if case.lse and lse is not None:
+        found["lse"] = lse.detach()
+    if not leaves:
+        return found
     outputs, seeds = [out], [inputs.grad_out.to(out.dtype)]
     if case.lse and lse is not None:
         outputs, seeds = [out, lse], [*seeds, inputs.grad_lse.to(lse.dtype)]
@@ -68,9 +73,6 @@ def _differentiate(
         allow_unused=True,
         materialize_grads=True,
     )
-    found = {"out": out.detach()}
-    if case.lse and lse is not None:
-        found["lse"] = lse.detach()
     return found | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
@@ -135,16 +137,18 @@ def expected(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[In
     return inputs, Expected(truth, bar, _structural_zeros(case, inputs))
 
 
-def missing_features(case: Case, dtype: torch.dtype, capability: Capability) -> list[str]:
+def missing_features(case: Case, dtype: torch.dtype, capability: Capability, device: str) -> list[str]:
     """How messages name what the case needs and the backend's table lacks."""
-    lacking = [FEATURES[name] for name in sorted(case.features - capability.features)]
-    if dtype not in capability.dtypes:
-        lacking.append(str(dtype))
-    return lacking
+    lacking = sorted(case.features - capability.features)
+    named = [FEATURES[name] for name in lacking if name not in ("bias_grad", "lse_grad")]
+    if not capability.has_dtype(dtype, torch.device(device).type):
+        named.append(str(dtype))
+    # What refuses the forward hides what only the backward needs.
+    return named or [FEATURES[name] for name in lacking]
 
 
 def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", seed: int = 0) -> CaseResult:
-    """Run one case, forward and backward, on a named backend and hold it to the bar.
+    """Run one case, forward and (unless it is forward only) backward, on a named backend and hold it to the bar.
 
     The bar is that of ``bar.allowed``. Keys and values outside the interval are NaN, and so is every buffer that the
     backend allocates. Where the backend's capability table lacks a feature of the case, the call must raise
@@ -155,7 +159,7 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
         seed: of the inputs and of the dropout.
     """
     capability = {c.backend: c for c in capabilities("dense")}[backend]
-    lacking = missing_features(case, dtype, capability)
+    lacking = missing_features(case, dtype, capability, device)
     if lacking:
         return _expect_refusal(case, dtype, backend, device, seed, lacking)
     inputs, wanted = expected(case, dtype, device, seed)
@@ -191,7 +195,7 @@ def _expect_refusal(
     case: Case, dtype: torch.dtype, backend: str, device: str, seed: int, lacking: list[str]
 ) -> CaseResult:
     try:
-        run_backend(case, make_inputs(case, dtype, device, seed), backend, seed)
+        run_backend(case, lay_out(case, make_inputs(case, dtype, device, seed)), backend, seed)
     except UnsupportedError as error:
         unnamed = [feature for feature in lacking if feature not in str(error)]
         if unnamed:

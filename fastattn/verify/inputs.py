@@ -26,6 +26,7 @@ class Inputs:
     alibi_slopes: Tensor | None
     grad_out: Tensor
     grad_lse: Tensor
+    block_table: Tensor | None = None  # with it, key and value are pages
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another floating-point dtype (slopes and bool masks stay)."""
@@ -34,9 +35,9 @@ class Inputs:
         return replace(self, **{n: t.to(dtype) for n, t in tensors.items() if t is not None and t.dtype != torch.bool})
 
     def leaves(self, case: Case) -> tuple[Inputs, dict[str, Tensor]]:
-        """Fresh tensors that require gradients, and those tensors by name."""
+        """Fresh tensors that require gradients, and those tensors by name: none where the case is forward only."""
         wanted: dict[str, Tensor] = {}
-        for name in DIFFERENTIABLE:
+        for name in DIFFERENTIABLE if "backward" in case.features else ():
             tensor = getattr(self, name)
             if tensor is None or tensor.dtype == torch.bool or (name == "attn_mask" and not case.mask_grad):
                 continue
@@ -190,7 +191,32 @@ def lay_out(case: Case, inputs: Inputs) -> Inputs:
         return replace(inputs, query=sliced(inputs.query), key=sliced(inputs.key), value=sliced(inputs.value))
     if case.layout == "expanded":
         return replace(inputs, key=inputs.key[:1].expand_as(inputs.key), value=inputs.value[:1].expand_as(inputs.value))
+    if case.page_size is not None:
+        assert case.key_lengths is not None
+        return _in_pages(inputs, case.page_size, case.key_lengths)
     return inputs
+
+
+def _in_pages(inputs: Inputs, page_size: int, key_lengths: tuple[int, ...]) -> Inputs:
+    """Key and value in shuffled pages; NaN in the rows and pages that no key uses, nonsense in such table entries."""
+    columns = -(-inputs.key.shape[2] // page_size)
+    used = [-(-length // page_size) for length in key_lengths]
+    count = sum(used) + 2
+    order = iter(torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist())
+    table = torch.full((len(key_lengths), columns), -1, dtype=torch.int32)
+    table[:, 1::2] = 2**30
+    for b, pages in enumerate(used):
+        table[b, :pages] = torch.tensor([next(order) for _ in range(pages)], dtype=torch.int32)
+
+    def paged(rows_BHSD: Tensor) -> Tensor:
+        _, heads, _, dim = rows_BHSD.shape
+        pages = rows_BHSD.new_full((count, heads, page_size, dim), float("nan"))
+        for b, length in enumerate(key_lengths):
+            for j in range(length):
+                pages[table[b, j // page_size], :, j % page_size] = rows_BHSD[b, :, j]
+        return pages
+
+    return replace(inputs, key=paged(inputs.key), value=paged(inputs.value), block_table=table.to(inputs.key.device))
 
 
 def options(case: Case, inputs: Inputs) -> dict[str, Any]:
@@ -223,7 +249,13 @@ def call(case: Case, inputs: Inputs, backend: str | None) -> tuple[Tensor, Tenso
     import fastattn
 
     result: Any
-    if case.packed is None:
+    if inputs.block_table is not None:
+        chosen = options(case, inputs)
+        del chosen["query_start"], chosen["dropout_p"]  # it places the queries itself, and drops nothing
+        result = fastattn.attention_with_kvcache(
+            inputs.query, inputs.key, inputs.value, block_table=inputs.block_table, backend=backend, **chosen
+        )
+    elif case.packed is None:
         result = fastattn.attention(inputs.query, inputs.key, inputs.value, backend=backend, **options(case, inputs))
     else:
         cu_q, cu_k = (

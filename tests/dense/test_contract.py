@@ -20,41 +20,44 @@ from fastattn.verify.cases import GRID, Case
 OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64)
 
 
-def _targets() -> list[tuple[str, str]]:
-    present = [
-        c.backend for c in capabilities("dense") if not c.unavailable() and (not c.devices or "cpu" in c.devices)
-    ]
-    return [(backend, isa) for backend in present for isa in verify.instruction_sets(backend)]
+Target = tuple[str, str, str]  # device, backend, instruction set
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def _spread() -> list[tuple[Case, torch.dtype, str, str]]:
+def _targets() -> list[Target]:
+    on_devices = [(device, backend) for device in DEVICES for backend in verify.backends_on(device)]
+    return [(device, backend, isa) for device, backend in on_devices for isa in verify.instruction_sets(backend)]
+
+
+def _spread() -> list[tuple[Case, torch.dtype, Target]]:
     """float32 on each backend's best instruction set: every case. Each other combination: a third of them, in turn."""
     chosen, combination = [], 0
-    best: set[str] = set()
-    for backend, isa in _targets():  # the best instruction set first
+    best: set[tuple[str, str]] = set()
+    for target in _targets():  # the best instruction set first
         for dtype in (torch.float32, *OTHER_DTYPES):
-            everything = dtype == torch.float32 and backend not in best
+            everything = dtype == torch.float32 and target[:2] not in best
             cases = GRID if everything else GRID[combination % 3 :: 3]
             combination += 0 if everything else 1
-            chosen += [(case, dtype, backend, isa) for case in cases]
-        best.add(backend)
+            chosen += [(case, dtype, target) for case in cases]
+        best.add(target[:2])
     return chosen
 
 
-def _name(parameters: tuple[Case, torch.dtype, str, str]) -> str:
-    case, dtype, backend, isa = parameters
-    return "-".join(filter(None, (backend, isa, str(dtype).removeprefix("torch."), case.name)))
+def _name(parameters: tuple[Case, torch.dtype, Target]) -> str:
+    case, dtype, (device, backend, isa) = parameters
+    where = "" if device == "cpu" else device
+    return "-".join(filter(None, (where, backend, isa, str(dtype).removeprefix("torch."), case.name)))
 
 
 @pytest.mark.parametrize("parameters", _spread(), ids=_name)
-def test_case(parameters: tuple[Case, torch.dtype, str, str], seed: int) -> None:
-    case, dtype, backend, isa = parameters
+def test_case(parameters: tuple[Case, torch.dtype, Target], seed: int) -> None:
+    case, dtype, (device, backend, isa) = parameters
     with verify.forced_isa(isa):
-        result = verify.run_case(case, dtype, backend, "cpu", seed)
+        result = verify.run_case(case, dtype, backend, device, seed)
     assert result.passed, result.message
 
 
-@pytest.mark.parametrize("backend", list(dict.fromkeys(backend for backend, _ in _targets())))
+@pytest.mark.parametrize("backend", verify.backends_on("cpu", own=True))
 def test_rows_past_the_last_sequence(backend: str) -> None:
     """Packed tokens that belong to no sequence: output 0, LSE -inf, no gradient, and their values, NaN, go nowhere."""
     q, k, v = (torch.randn(12, 2, 8) for _ in range(3))
@@ -122,6 +125,6 @@ def test_the_bar_catches(defect: str, dtype: torch.dtype, monkeypatch: pytest.Mo
 
 def test_all_combinations_are_walked() -> None:
     """Fails where a backend and instruction set of this machine gets no case in some dtype."""
-    walked = {(backend, isa, dtype) for _, dtype, backend, isa in _spread()}
-    expected = {(b, i, d) for (b, i), d in product(_targets(), (torch.float32, *OTHER_DTYPES))}
+    walked = {(target, dtype) for _, dtype, target in _spread()}
+    expected = set(product(_targets(), (torch.float32, *OTHER_DTYPES)))
     assert walked == expected

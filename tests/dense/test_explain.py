@@ -15,7 +15,7 @@ from torch import Tensor
 import fastattn
 from fastattn import _extension, backends
 from fastattn.backends import FEATURES, capabilities
-from fastattn.dense import native, reference
+from fastattn.dense import delegate, native, reference, triton
 
 NAMES = [c.backend for c in capabilities("dense")]
 NATIVE = _extension.unavailable() is None
@@ -28,6 +28,7 @@ def qkv(dtype: torch.dtype = torch.float32, heads: int = 4, kv_heads: int = 4, d
 FEATURE_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "causal": ({}, {"causal": True}),
     "window": ({}, {"window": (2, None)}),
+    "alignment": ({}, {"causal": True, "query_start": 1}),
     "query_start": ({}, {"query_start": torch.tensor([0, 1])}),
     "key_start": ({}, {"key_start": torch.tensor([0, 1])}),
     "key_lengths": ({}, {"key_lengths": torch.tensor([5, 1])}),
@@ -48,7 +49,7 @@ FEATURE_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The backends that calls launch, in order."""
     names: list[str] = []
-    for name, module in (("reference", reference), ("cpu", native)):
+    for name, module in (("reference", reference), ("cpu", native), ("triton", triton), ("sdpa", delegate)):
         original = module.forward
 
         def spy(p: Any, name: str = name, original: Any = original) -> Any:
@@ -84,6 +85,7 @@ def test_verdicts_follow_the_table(feature: str, launched: list[str]) -> None:
 
 
 @pytest.mark.parametrize("backend", NAMES)
+@torch.no_grad()  # the forward refuses without having been asked for gradients
 def test_a_named_backend_runs_or_raises_what_explain_says(backend: str, launched: list[str]) -> None:
     for shapes, options in FEATURE_CALLS.values():
         tensors = qkv(**shapes)
@@ -129,7 +131,8 @@ def test_head_size_limit(dim: int, launched: list[str]) -> None:
         assert verdict.supported == (dim <= 256)
         assert verdict.supported or ("256" in verdict.reasons[0] and "257" in verdict.reasons[0])
     fastattn.attention(*qkv(dim=dim))
-    assert launched == ["cpu" if dim <= 256 else "reference"]
+    assert launched == [next(v.backend for v in fastattn.explain(*qkv(dim=dim)) if v.selected)]
+    assert (launched == ["cpu"]) == (dim <= 256)
 
 
 def test_devices() -> None:
@@ -145,7 +148,7 @@ def test_a_missing_extension_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     backends.select.cache_clear()
     try:
         verdicts = {v.backend: v for v in fastattn.explain(*qkv())}
-        assert verdicts["reference"].selected
+        assert any(v.selected for name, v in verdicts.items() if name != "cpu")
         assert "there is no extension today" in verdicts["cpu"].reasons[0]
         with pytest.raises(fastattn.UnsupportedError, match="there is no extension today"):
             fastattn.attention(*qkv(), backend="cpu")

@@ -17,14 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+from fastattn import verify
 from fastattn.backends import capabilities
 from fastattn.dense import op
 from fastattn.dense.api import _problem
 
-BACKENDS = [c.backend for c in capabilities("dense") if not c.unavailable()]
+BACKENDS = verify.backends_on("cpu", own=True)  # PyTorch's own attention: test_delegate.py
 TABLES = {c.backend: c for c in capabilities("dense")}
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+in_float64 = pytest.mark.parametrize("backend", verify.backends_on("cpu", torch.float64, own=True))
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +57,15 @@ EXTRAS: dict[str, Any] = {
 }
 
 
-def every_option(*names: str) -> Any:
-    """Parametrise over backends and those options they support."""
+def every_option(*names: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Parametrise over the backends that run in the dtype and those options they support."""
     chosen = {name: value for name, value in (OPTIONS | EXTRAS).items() if not names or name in names}
-    pairs = [(b, n) for b in BACKENDS for n in chosen if n in OPTIONS or "softcap" in TABLES[b].features]
+    pairs = [
+        (b, n)
+        for b in verify.backends_on("cpu", dtype, own=True)
+        for n in chosen
+        if n in OPTIONS or "softcap" in TABLES[b].features
+    ]
     return pytest.mark.parametrize(("backend", "option"), pairs)
 
 
@@ -194,7 +201,7 @@ def test_compile_varlen() -> None:
         assert_equal(gradients(found, [q, k, v]), gradients(eager, [q, k, v]))
 
 
-@every_backend
+@pytest.mark.parametrize("backend", verify.backends_on("cpu", torch.bfloat16, torch.float64, own=True))
 def test_autocast(backend: str) -> None:
     """Fails where autocast does not cast q, k and v (gradients return in their own dtype), or casts more."""
     q, k, v = random_qkv()
@@ -236,7 +243,7 @@ def test_checkpoint_replays_dropout(reentrant: bool) -> None:
 DIFFERENTIABLE = ["causal", "window_lengths", "bias", "softcap_alibi_sinks"]
 
 
-@every_option(*DIFFERENTIABLE)
+@every_option(*DIFFERENTIABLE, dtype=torch.float64)
 def test_gradcheck(backend: str, option: str) -> None:
     """First and second derivatives against finite differences in float64, LSE included."""
     leaves = [t.detach()[..., :3, :2].clone().requires_grad_() for t in random_qkv(5, 14, torch.float64)]
@@ -259,7 +266,7 @@ def test_gradcheck(backend: str, option: str) -> None:
     assert gradgradcheck(call, leaves, fast_mode=True)
 
 
-@every_backend
+@in_float64
 def test_gradient_penalty(backend: str) -> None:
     """Double backward in use: the gradient of a squared gradient norm equals plain PyTorch's."""
     leaves = random_qkv(dtype=torch.float64, kv_heads=4)
@@ -372,7 +379,7 @@ def test_one_input_alone_requires_a_gradient(backend: str, wanted: str) -> None:
     assert all(t.grad is None for t in alone.values())
 
 
-@every_backend
+@in_float64
 def test_gradient_of_lse_alone_or_output_alone(backend: str) -> None:
     """Fails where an absent gradient of one result is not taken for zero."""
     leaves = random_qkv(dtype=torch.float64, kv_heads=4)

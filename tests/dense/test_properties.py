@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastattn
+from fastattn import verify
 from fastattn.backends import capabilities
 
-BACKENDS = [c.backend for c in capabilities("dense") if not c.unavailable()]
+DTYPES = {c.backend: c.dtypes for c in capabilities("dense")}
 SIDES = st.none() | st.integers(0, 12)
 
 
@@ -109,15 +110,18 @@ def _poisoned(qkv: list[Tensor], kwargs: dict, brute_force: Callable[..., tuple[
     return [q, k.masked_fill(unseen, math.nan), v.masked_fill(unseen, math.nan)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(problem=attention_problems(), dtype=st.sampled_from([torch.float32, torch.float64]))
+@pytest.mark.parametrize("backend", verify.backends_on("cpu", own=True))
+@given(problem=attention_problems(), data=st.data())
 def test_mixtures(
     backend: str,
     brute_force: Callable[..., tuple[Tensor, Tensor]],
     problem: tuple[tuple[int, ...], dict, int],
-    dtype: torch.dtype,
+    data: st.DataObject,
 ) -> None:
     shape, wanted, seed = problem
+    if backend == "triton" and seed % 3:
+        return  # the interpreter takes seconds for each: a third of them
+    dtype = data.draw(st.sampled_from([d for d in (torch.float32, torch.float64) if d in DTYPES[backend]]))
     qkv, kwargs = _tensors(shape, wanted, seed)
     # The oracle takes the values that the backend gets, so that only arithmetic differs.
     qkv = [t.to(dtype).double() for t in qkv]

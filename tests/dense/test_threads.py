@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.backends import capabilities
+from fastattn import verify
 
-BACKENDS = [c.backend for c in capabilities("dense") if not c.unavailable()]
+BACKENDS = verify.backends_on("cpu", own=True)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 TIMEOUT = 60  # seconds; a call takes milliseconds
 
@@ -36,13 +36,13 @@ def two_threads() -> Iterator[None]:
 
 def problem(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((2, 4, 100, 32), (2, 2, 130, 32), (2, 2, 130, 32))
+    shapes = ((2, 2, 70, 32), (2, 1, 90, 32), (2, 1, 90, 32))
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
 def run(leaves: list[Tensor], backend: str, **options) -> list[Tensor]:
     """Output, LSE and the gradients of their sum; a bias of batch size 1, whose gradient several threads add to."""
-    bias = torch.linspace(-1, 1, 130, dtype=leaves[0].dtype).requires_grad_()
+    bias = torch.linspace(-1, 1, 90, dtype=leaves[0].dtype).requires_grad_()
     out, lse = fastattn.attention(*leaves, attn_mask=bias, causal=True, return_lse=True, backend=backend, **options)
     grads = torch.autograd.grad([out.sin().sum() + lse.sum()], [*leaves, bias])
     return [out.detach(), lse.detach(), *grads]
@@ -52,8 +52,11 @@ def same_bits(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(b, d) for d in (torch.float32, torch.bfloat16, torch.float64) for b in verify.backends_on("cpu", d, own=True)],
+    ids=str,
+)
 @pytest.mark.parametrize("how", ["argument", "torch's switch"])
 def test_deterministic_repeats(backend: str, dtype: torch.dtype, how: str, two_threads: None) -> None:
     """Three repeats on two threads, forward and backward, gradient of a broadcast bias included."""
@@ -84,7 +87,7 @@ def test_number_of_threads_does_not_change_the_bits(dtype: torch.dtype, cpu_isa:
     assert all(same_bits(result, results[0]) for result in results)
 
 
-@every_backend
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])  # Triton's interpreter is one thread's
 def test_several_python_threads(backend: str, two_threads: None) -> None:
     """Four Python threads call at once, each with its own problem, and each gets its own result."""
     expected = [run(problem(seed=n), backend, deterministic=True) for n in range(4)]
@@ -142,7 +145,7 @@ for backend in BACKENDS:
     def work():
         torch.set_num_threads(2 if backend == "cpu" else 1)  # torch's own pool does not survive a fork
         with torch.no_grad():
-            return "same" if torch.allclose(call(), expected) else "different"
+            return "same" if torch.allclose(call(), expected, atol=1e-6) else "different"
     answer = _in_child(work)
     assert answer == "same", (backend, answer)
 """

@@ -18,9 +18,9 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     problems: list[Problem] = []
     attention_op = multihead_attention.attention_op
 
-    def record(problem: Problem) -> tuple[Tensor, Tensor]:
+    def record(problem: Problem, lse_grad: bool = True) -> tuple[Tensor, Tensor]:
         problems.append(problem)
-        return attention_op(problem)
+        return attention_op(problem, lse_grad)
 
     monkeypatch.setattr(multihead_attention, "attention_op", record)
     return problems
