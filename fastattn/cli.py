@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -137,11 +137,11 @@ def explain(
             options["sinks"] = torch.zeros(heads, device=where)
         verdicts = fastattn.explain(query, key, value, **options)
         console = make_console()
-        shown = table("backend", "supported", "selected", "why not", left=("backend", "why not"))
+        shown = table("backend", "supported", "selected", "why", left=("backend", "why"))
         for verdict in verdicts:
             chosen = check_mark(console, True) if verdict.selected else ""
-            reasons = "; ".join(verdict.reasons)
-            shown.add_row(verdict.backend, check_mark(console, verdict.supported), chosen, reasons)
+            why = "; ".join(verdict.reasons) or verdict.note
+            shown.add_row(verdict.backend, check_mark(console, verdict.supported), chosen, why)
         console.print(shown)
         if not any(verdict.selected for verdict in verdicts):
             raise typer.Exit(1)
@@ -151,6 +151,7 @@ def explain(
 def verify(
     backend: Annotated[list[str] | None, typer.Option(help="backend to check; repeat for more; default: all")] = None,
     dtype: Annotated[str | None, typer.Option(help="dtypes, separated by commas; default: all")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="only cases whose name contains this; repeat for more")] = None,
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="of the random inputs; default: a fresh one")] = None,
     record: Annotated[bool, typer.Option("--record", help="write the hardware ledger")] = False,
@@ -162,14 +163,20 @@ def verify(
         from fastattn.bench.options import parse_dtypes
         from fastattn.bench.report import make_console, progress_bar
         from fastattn.bench.suites import DTYPES
+        from fastattn.verify import GRID
         from fastattn.verify import record as write_record
         from fastattn.verify import verify as run_grid
 
+        cases = [c for c in GRID if case is None or any(part in c.name for part in case)]
+        if not cases:
+            raise ValueError(f"--case: no case's name contains {' or '.join(case or ())}")
+        if record and case:
+            raise ValueError("--record takes the whole grid, not some cases")
         where = _pick_device(device)
         dtypes = [DTYPES[name] for name in parse_dtypes(dtype)] if dtype else None
         console = make_console()
         with progress_bar(make_console(stderr=True)) as progress:
-            report = run_grid(backend or None, where.type, dtypes, progress, seed=seed)
+            report = run_grid(backend or None, where.type, dtypes, progress, cases, seed)
         console.print(headline(environment(where)), style="bold", markup=False)
         console.print(f"seed {report.seed}", style="dim")
         console.print(report.summary(), markup=False, soft_wrap=True)
@@ -184,7 +191,9 @@ def verify(
 @bench_app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    preset: Annotated[str | None, typer.Option(help="quickstart, quick or figures, instead of shapes")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="quickstart, quick, gpu, gpu-dry or figures, instead of shapes")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="the same as --preset quick")] = False,
     seqlen: Lengths = "512,1k,2k,4k",
     dtype: Annotated[str, typer.Option(help="dtypes, separated by commas")] = "float32",
@@ -198,7 +207,7 @@ def bench(
     mode: Annotated[str, typer.Option(help="fwd, fwdbwd (forward + backward), or both: fwd,fwdbwd")] = "fwd,fwdbwd",
     impl: Annotated[
         str | None,
-        typer.Option(help="naive, sdpa, sdpa:<torch backend>, fastattn, fastattn:<backend>, flex"),
+        typer.Option(help="naive, sdpa, sdpa:<torch backend>, fastattn, fastattn:<backend>, flex, a peer"),
     ] = None,
     device: Device = "auto",
     time_limit: Annotated[float | None, typer.Option(min=1, help="seconds; slow rows are skipped to keep it")] = None,
@@ -217,7 +226,7 @@ def bench(
         from fastattn.bench.presets import CPU_TARGETS, PRESETS, judge_target
         from fastattn.bench.report import make_console, print_results, print_targets, progress_bar
         from fastattn.bench.run import Settings, run
-        from fastattn.bench.suites import default_implementations, implementation
+        from fastattn.bench.suites import absent_peer, default_implementations, implementation
 
         name = "quick" if quick else preset
         if name is not None and name not in PRESETS:
@@ -229,14 +238,19 @@ def bench(
         else:
             masks = [kind for kind, wanted in ((False, full or both), (True, causal or both or not full)) if wanted]
             problems = _problems(seqlen, dtype, head_dim, heads, kv_heads, batch, masks, mode)
-        names = impl.split(",") if impl else default_implementations(where)
+        console, progress_console = make_console(), make_console(stderr=True)
+        notes: list[str] = []
+        names: Sequence[str] = impl.split(",") if impl else default_implementations(where)
+        if chosen and chosen.implementations and not impl:
+            absent = {name: absent_peer(name) for name in chosen.implementations}
+            names = [name for name, reason in absent.items() if reason is None]
+            notes = [f"{name} is not measured: {reason}" for name, reason in absent.items() if reason]
         implementations = [implementation(name.strip()) for name in names]
         if plot or out:
             import matplotlib  # noqa: F401  (missing plots should be known before minutes of measuring)
         limit = time_limit or (chosen.time_limit_s if chosen else 60.0)
-        console, progress_console = make_console(), make_console(stderr=True)
         with progress_bar(progress_console) as progress:
-            results = run(problems, implementations, Settings(where, limit), progress)
+            results = run(problems, implementations, Settings(where, limit, notes=tuple(notes)), progress)
         print_results(console, results)
         if name == "figures":
             print_targets(console, [judge_target(target, results) for target in CPU_TARGETS])

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastattn import _extension, ledger
-from fastattn.backends import capabilities
+from fastattn.backends import Requirements, capabilities, delegated, device_name
 from fastattn.bench.environment import commit, environment, version_of
 from fastattn.bench.report import size_name
 
@@ -79,9 +79,29 @@ def _backends() -> list[tuple[str, str]]:
     for capability in capabilities("dense"):
         reason = capability.unavailable()
         devices = ", ".join(sorted(capability.devices)) or "any device"
-        dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in capability.dtypes))
-        lines.append((capability.backend, f"not available: {reason}" if reason else f"{devices}; {dtypes}"))
+        text = f"not available: {reason}" if reason else f"{devices}; {capability.dtype_names()}"
+        lines.append((capability.backend, text))
     return lines
+
+
+def delegation(device: str) -> str:
+    """How many of the problems whose times are recorded for the device go to PyTorch's own attention."""
+    name = device_name(device)
+    record = None if name is None else ledger.find_record(name)
+    if record is None or not record["timings"]:
+        return "nothing: no times are recorded for this device"
+    asked = [
+        Requirements(
+            device,
+            getattr(torch, row["dtype"]),
+            row["shape"][3],
+            frozenset(name for name, needed in (("causal", row["causal"]), ("backward", "+" in row["pass"])) if needed),
+            seqlen=row["shape"][2],
+        )
+        for row in record["timings"]
+    ]
+    taken = sum(delegated("dense", needs) is not None for needs in asked)
+    return f"{taken or 'none'} of {len(asked)} recorded problems, to PyTorch's own attention (sdpa)"
 
 
 def _ledger() -> list[tuple[str, str]]:
@@ -92,9 +112,11 @@ def _ledger() -> list[tuple[str, str]]:
     unproved = sorted(ledger.unverified(digests))
     if unproved:
         lines.append(("not verified", f"{', '.join(unproved)}; run fastattn verify --record"))
+    lines.append(("delegated", delegation("cpu")))
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         lines.append(("this GPU", ledger.status(kernel_digests("cuda"), name)))
+        lines.append(("delegated", delegation("cuda")))
     return lines
 
 

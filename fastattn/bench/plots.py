@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,8 @@ def _mark_missing(axes: Axes, rows: list[Row], names: Sequence[str]) -> None:
 
 
 def plot_results(results: Results, directory: Path) -> list[Path]:
-    """Write latency, memory and throughput pictures for every head size; returns their paths."""
+    """Write latency, memory and throughput pictures of plain attention for every head size; returns their paths."""
+    results = replace(results, rows=tuple(row for row in results.rows if not row.problem.feature))
     names = list(dict.fromkeys(row.implementation for row in results.rows))
     facts = headline(results.environment).replace("\n", " | ")
     head_dims = list(dict.fromkeys(row.problem.head_dim for row in results.rows))

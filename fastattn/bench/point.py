@@ -215,7 +215,12 @@ class Measurer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                # Asking the driver for GPUs would start CUDA in the server, and its forks could not use it.
+                "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+            },
         )
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -262,7 +267,8 @@ def _child(subject: Subject, answer_fd: int) -> None:
         if subject.memory_limit is not None and subject.device == "cpu":
             with contextlib.suppress(OSError, ValueError, StopIteration):
                 _limit_memory(subject.memory_limit)
-        answer = {"status": "ok", "phases": asdict(measure(subject))}
+        with fastattn.backends.own_backends():
+            answer = {"status": "ok", "phases": asdict(measure(subject))}
     except Exception as error:
         out_of_memory = is_out_of_memory(error)
         lines = str(error).strip().splitlines()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fastattn.bench.results import OK, Results, Row
-from fastattn.bench.suites import Problem, grid
+from fastattn.bench.suites import PEERS, Problem, grid
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Problems, the time they get, and whether a memory profile follows."""
+    """Problems, the time they get, whether a memory profile follows, and what is measured instead of the default."""
 
     problems: Callable[[], list[Problem]]
     time_limit_s: float
     what: str
     profile_seqlens: tuple[int, ...] = ()
+    implementations: tuple[str, ...] = ()
 
 
 def _quickstart() -> list[Problem]:
@@ -52,6 +54,46 @@ def _figures() -> list[Problem]:
     ]
 
 
+def _gpu(seqlens: Sequence[int], window: int, decode: Sequence[int], width: int = 2048) -> list[Problem]:
+    """Plain attention over `seqlens`, then the features that few libraries have, then decoding over `decode` keys.
+
+    Every call has as many tokens as the longest sequence, and heads that together are `width` wide.
+    """
+    base = Problem(0, dtype="bfloat16")
+
+    def cases(lengths: Sequence[int], dims: Sequence[int], masks: Sequence[bool], **feature: Any) -> list[Problem]:
+        shapes = grid(
+            lengths,
+            head_dims=dims,
+            dtypes=(base.dtype,),
+            causal=masks,
+            modes=("fwdbwd",) if "dropout" in feature else ("fwd", "fwdbwd"),
+        )
+        heads = {dim: max(1, width // dim) for dim in dims}
+        return [
+            replace(p, batch=longest // p.seqlen, heads=heads[p.head_dim], kv_heads=heads[p.head_dim], **feature)
+            for p in shapes
+        ]
+
+    longest, long = seqlens[-1], seqlens[-2:]
+    queries = replace(base, heads=32, kv_heads=8, head_dim=128, q_len=1)
+    return [
+        *cases(seqlens, (64, 128, 256), (False, True)),
+        *cases(long, (512,), (False, True)),
+        # A bias is as large as the scores of a sequence: at middle lengths.
+        *cases([n for n in seqlens if longest / 8 <= n < longest / 2], (128,), (False,), bias=True),
+        *cases(long, (128,), (True,), window=window),
+        *cases(seqlens[-1:], (128,), (True,), dropout=0.1),
+        *(replace(queries, seqlen=n, batch=decode[-1] // n) for n in decode),
+    ]
+
+
+GPU_IMPLEMENTATIONS = (
+    "naive",
+    *("sdpa", "sdpa:flash", "sdpa:cudnn", "sdpa:efficient", "sdpa:math"),
+    *("flex", *PEERS, "fastattn"),
+)
+
 PRESETS = {
     "quickstart": Preset(
         _quickstart,
@@ -60,6 +102,19 @@ PRESETS = {
         (512, 1024, 2048, 4096, 8192),
     ),
     "quick": Preset(lambda: grid((256, 512, 1024), modes=("fwd", "fwdbwd")), 10.0, "a first look in seconds"),
+    "gpu": Preset(
+        lambda: _gpu((512, 1024, 2048, 4096, 8192, 16384), 1023, (4096, 8192, 16384, 32768, 65536, 131072)),
+        420.0,
+        "on a GPU: plain attention and its features in bfloat16, 16k tokens, then decoding, beside every peer",
+        implementations=GPU_IMPLEMENTATIONS,
+    ),
+    "gpu-dry": Preset(
+        lambda: _gpu((32, 256), 15, (32, 64), width=128),
+        20.0,
+        "the same kinds of call in a few seconds on a CPU, to try the code that measures them",
+        # flex_attention compiles for ten seconds on a CPU, and has no backward there.
+        implementations=tuple(name for name in GPU_IMPLEMENTATIONS if name != "flex"),
+    ),
     "figures": Preset(_figures, 900.0, "the cases that the CPU kernels' speed targets name"),
 }
 

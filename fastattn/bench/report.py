@@ -92,24 +92,32 @@ def check_mark(console: Console, good: bool) -> Text:
     return Text(marks[0], "green") if good else Text(marks[1], "bold red")
 
 
-def problem_title(problem: Problem) -> str:
+def problem_title(problems: Sequence[Problem]) -> str:
+    """What the problems of one table have in common."""
+    problem = problems[0]
+    batches = list(dict.fromkeys(p.batch for p in problems))
+    batch = f"{batches[0]} to {batches[-1]}" if len(batches) > 1 else f"{batches[0]}"
+    feature = f", {problem.feature}" if problem.feature else ""
     mask = "causal" if problem.causal else "full"
     heads = str(problem.heads) if problem.heads == problem.kv_heads else f"{problem.heads}/{problem.kv_heads}"
     return (
-        f"{MODE_NAMES[problem.mode]}, {problem.dtype}, {mask}, batch {problem.batch}, heads {heads}, "
-        f"head size {problem.head_dim}"
+        f"{MODE_NAMES[problem.mode]}, {problem.dtype}, {mask}, batch {batch}, heads {heads}, "
+        f"head size {problem.head_dim}{feature}"
     )
 
 
 def print_group(console: Console, rows: Sequence[Row]) -> None:
     """One table: the rows of one mode, dtype, mask and shape, by length; below it, why rows have no figures."""
     kernels = {r.implementation: r.kernel for r in rows if r.implementation == "fastattn" and r.kernel}
+    unit = "GB/s" if rows[0].problem.q_len else "GFLOP/s"
     shown = table(
-        *("length", "implementation", "ms", "p20-p80", "GFLOP/s", "of peak", "extra MiB", "max err", "ok"),
+        *("length", "implementation", "ms", "p20-p80", unit, "of peak", "extra MiB", "max err", "ok"),
         *("vs naive", "vs SDPA"),
         left=("implementation",),
     )
-    title = problem_title(rows[0].problem) + "".join(f" | backend {kernel}" for kernel in kernels.values())
+    title = problem_title([row.problem for row in rows]) + "".join(
+        f" | backend {kernel}" for kernel in kernels.values()
+    )
     console.print(title, style="bold")
     reasons: dict[tuple[str, str], list[str]] = {}
     for seqlen, block in groupby(rows, key=lambda row: row.problem.seqlen):
@@ -136,7 +144,7 @@ def _figures(console: Console, row: Row) -> list[str | Text]:
     return [
         number(row.median_ms),
         f"{number(row.p20_ms)}-{number(row.p80_ms)}",
-        number(row.gflops),
+        number(row.gflops if row.gbs is None else row.gbs),
         "-" if row.peak_fraction is None else f"{row.peak_fraction:.0%}",
         number(row.extra_mib),
         "-" if row.max_error is None else f"{row.max_error:.1e}",
@@ -151,6 +159,8 @@ def print_peaks(console: Console, results: Results) -> None:
     for dtype, peak in results.peaks.items():
         parts = [f"{words[kind]} {number(rate)}" for kind, rate in peak.items() if rate]
         console.print(f"matrix-product peak, {dtype}: {', '.join(parts)} GFLOP/s", style="dim")
+    if results.read_gbs:
+        console.print(f"read bandwidth: {number(results.read_gbs)} GB/s", style="dim")
 
 
 def print_geometric_means(console: Console, results: Results) -> None:
@@ -162,10 +172,11 @@ def print_geometric_means(console: Console, results: Results) -> None:
         *("implementation", "what", "vs naive", "lowest", "vs SDPA", "lowest", "lengths"),
         left=("implementation", "what"),
     )
-    for _, pair in groupby(means, key=lambda m: (m.implementation, m.mode, m.dtype, m.causal, m.head_dim)):
+    for _, pair in groupby(means, key=lambda m: (m.implementation, m.mode, m.dtype, m.causal, m.head_dim, m.feature)):
         by_base = {mean.against: mean for mean in pair}
         first = next(iter(by_base.values()))
         what = f"{MODE_NAMES[first.mode]}, {first.dtype}, {'causal' if first.causal else 'full'}, D {first.head_dim}"
+        what += f", {first.feature}" if first.feature else ""
         cells = []
         for base in ("naive", "sdpa"):
             mean = by_base.get(base)
@@ -231,6 +242,9 @@ def print_results(console: Console, results: Results) -> None:
     """Everything that a run has to say."""
     console.print(Text(headline(results.environment), "bold"))
     print_peaks(console, results)
+    notes = results.settings.get("notes")
+    for note in notes if isinstance(notes, list) else []:
+        console.print(note, style="dim", markup=False)
     console.print(
         "ms: median of interleaved samples; extra MiB: peak above the inputs, outputs and gradients included;\n"
         "max err: against float64, relative to the largest value; ok: within 2 x (gradients 3 x) what plain PyTorch\n"
@@ -246,7 +260,7 @@ def print_results(console: Console, results: Results) -> None:
 def _groups(rows: Iterable[Row]) -> list[list[Row]]:
     def key(row: Row) -> tuple:
         p = row.problem
-        return (p.mode, p.dtype, p.causal, p.batch, p.heads, p.kv_heads, p.head_dim)
+        return (p.mode, p.dtype, p.causal, p.heads, p.kv_heads, p.head_dim, p.feature)
 
     gathered: dict[tuple, list[Row]] = {}
     for row in rows:

@@ -37,6 +37,7 @@ class Row:
     p80_ms: float | None = None
     samples: int = 0
     gflops: float | None = None
+    gbs: float | None = None  # decoding only, whose peak_fraction is that of the read bandwidth
     peak_fraction: float | None = None
     extra_mib: float | None = None
     max_error: float | None = None
@@ -47,12 +48,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A run: where, how, the machine's peaks by dtype (GFLOP/s) and the rows."""
+    """A run: where, how, the machine's peaks by dtype (GFLOP/s), the rows and, for decoding, the read bandwidth."""
 
     environment: Environment
     settings: dict[str, object]
     peaks: dict[str, dict[str, float | None]]
     rows: tuple[Row, ...]
+    read_gbs: float | None = None
 
     def to_json(self) -> str:
         means = [asdict(mean) for mean in geometric_means(self.rows)]
@@ -77,7 +79,7 @@ class Results:
         if schema != SCHEMA:
             raise ValueError(f"{path}: expected schema {SCHEMA!r}, found {schema!r}")
         rows = tuple(Row(**{**row, "problem": Problem(**row["problem"])}) for row in document["rows"])
-        return cls(document["environment"], document["settings"], document["peaks"], rows)
+        return cls(document["environment"], document["settings"], document["peaks"], rows, document.get("read_gbs"))
 
     def append_csv(self, path: Path) -> None:
         """Append one line per row; the columns are stable, so one file can collect many runs.
@@ -125,7 +127,7 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class GeometricMean:
-    """Mean speed-up of one implementation over another, over the cases of one (mode, dtype, mask, head size)."""
+    """Mean speed-up of one implementation over another, over the cases of one table."""
 
     implementation: str
     against: str
@@ -133,6 +135,7 @@ class GeometricMean:
     dtype: str
     causal: bool
     head_dim: int
+    feature: str
     mean: float
     lowest: float
     cases: int
@@ -140,13 +143,14 @@ class GeometricMean:
 
 def geometric_means(rows: Iterable[Row]) -> list[GeometricMean]:
     """Speed-ups of fastattn's rows that passed their check, grouped as the tables are."""
-    groups: dict[tuple[str, str, str, str, bool, int], list[float]] = {}
+    groups: dict[tuple[str, str, str, str, bool, int, str], list[float]] = {}
     for row in rows:
         if not row.implementation.startswith("fastattn"):
             continue
         p = row.problem
         for against, ratio in row.speedup.items():
-            groups.setdefault((row.implementation, against, p.mode, p.dtype, p.causal, p.head_dim), []).append(ratio)
+            key = (row.implementation, against, p.mode, p.dtype, p.causal, p.head_dim, p.feature)
+            groups.setdefault(key, []).append(ratio)
     return [
         GeometricMean(*key, math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios), len(ratios))
         for key, ratios in groups.items()

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn.bench.accuracy import Judge
 from fastattn.bench.environment import environment
 from fastattn.bench.memory import MIB, AllocationMeter, available_memory, is_out_of_memory
-from fastattn.bench.peaks import Peak, measure_peaks
+from fastattn.bench.peaks import Peak, measure_peaks, read_bandwidth
 from fastattn.bench.plan import TimePlan
 from fastattn.bench.results import FAILED, OOM, SKIPPED, WRONG, Results, Row
 from fastattn.bench.suites import Implementation, Problem
@@ -30,25 +30,29 @@ BASELINES = ("naive", "sdpa")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: seconds for everything (None: no limit), memory in bytes one implementation may need."""
+    """How to measure: seconds for everything (None: no limit), memory in bytes one implementation may need.
+
+    `notes` go into the results: what there is to know about the run as a whole.
+    """
 
     device: torch.device
     time_limit_s: float | None = None
     memory_limit: int | None = None
     max_samples: int = 30
+    notes: tuple[str, ...] = ()
 
 
-def make_step(problem: Problem, attend: Callable, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Callable[[], tuple]:
-    """One call of what is timed; returns (out,) or (out, grad_query, grad_key, grad_value)."""
-    query, key, value, grad_out = inputs
+def make_step(problem: Problem, attend: Callable, inputs: tuple[Tensor, ...]) -> Callable[[], tuple]:
+    """One call of what is timed; returns (out,) or (out, grad_query, grad_key, grad_value, grad_bias if any)."""
+    *tensors, grad_out = inputs
     if problem.mode == "fwd":
 
         def forward() -> tuple:
             with torch.no_grad():
-                return (attend(query, key, value),)
+                return (attend(*tensors),)
 
         return forward
-    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    leaves = [t.detach().requires_grad_() for t in tensors]
 
     def forward_backward() -> tuple:
         out = attend(*leaves)
@@ -142,15 +146,18 @@ def _timed(row: Row, timing: Timing) -> Row:
         p80_ms=1e3 * timing.quantile(0.8),
         samples=len(timing.samples),
         gflops=row.problem.flops / timing.median / 1e9,
+        gbs=row.problem.bytes_moved / timing.median / 1e9 if row.problem.q_len else None,
     )
 
 
-def compare_rows(rows: Sequence[Row], peak: Peak | None) -> list[Row]:
-    """Fill in fractions of the peak, and speed-ups where both results are right."""
+def compare_rows(rows: Sequence[Row], peak: Peak | None, read_gbs: float | None = None) -> list[Row]:
+    """Fill in fractions of the peak (of the read bandwidth in decoding), and speed-ups where both results are right."""
     medians = {row.implementation: row.median_ms for row in rows if row.status == "ok" and row.median_ms}
     filled = []
     for row in rows:
         fraction = row.gflops / peak.best if row.gflops and peak and peak.best else None
+        if row.problem.q_len:
+            fraction = row.gbs / read_gbs if row.gbs and read_gbs else None
         speedup = {
             base: medians[base] / medians[row.implementation]
             for base in BASELINES
@@ -174,20 +181,24 @@ def run(
     order = sorted(range(len(problems)), key=lambda i: problems[i].flops)
     plan = TimePlan([problems[i] for i in order], settings.time_limit_s, settings.device.type)
     peaks = measure_peaks((p.dtype for p in problems), settings.device)
+    read_gbs = read_bandwidth(settings.device) if any(p.q_len for p in problems) else None
     measured: dict[int, list[Row]] = {}
+    gc.freeze()  # what is there by now stays: going through it after every problem would take a fifth of a second
     for done, i in enumerate(order):
         progress(done, len(problems), problems[i].label())
         rows = measure(problems[i], implementations, settings, plan, done)
-        measured[i] = compare_rows(rows, peaks[problems[i].dtype])
+        measured[i] = compare_rows(rows, peaks[problems[i].dtype], read_gbs)
     progress(len(problems), len(problems), "done")
     shown: dict[str, object] = {
         "time_limit_s": settings.time_limit_s,
         "max_samples": settings.max_samples,
         "implementations": [impl.name for impl in implementations],
+        "notes": list(settings.notes),
     }
     return Results(
         environment(settings.device),
         shown,
         {dtype: asdict(peak) for dtype, peak in peaks.items()},
         tuple(row for i in range(len(problems)) for row in measured[i]),
+        read_gbs,
     )

@@ -35,7 +35,9 @@ BASE = results_of(*rows_of(Problem(512)), *rows_of(Problem(1024)))
 def test_json_round_trip(tmp_path):
     path = tmp_path / "deep" / "results.json"
     failed = Row(Problem(2048), "naive", status="oom", reason="out of memory")
-    results = replace(BASE, rows=(*BASE.rows, failed))
+    decode = Row(Problem(2048, q_len=1), "naive", median_ms=1.0, gbs=2.0)
+    window = Row(Problem(2048, causal=True, window=3, dropout=0.1), "naive", median_ms=1.0)
+    results = replace(BASE, rows=(*BASE.rows, failed, decode, window), read_gbs=3.0)
     results.write_json(path)
     assert Results.read_json(path) == results
 

@@ -1,5 +1,7 @@
 """Fails if FLOPs are miscounted, a wrong result gets a speed-up, or a failure is lost instead of being a row."""
 
+import importlib.util
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,7 @@ from fastattn.bench.peaks import Peak
 from fastattn.bench.presets import CPU_TARGETS, PRESETS, Target, judge_target
 from fastattn.bench.results import Results, Row
 from fastattn.bench.run import Settings, compare_rows, run
-from fastattn.bench.suites import Implementation, Problem, grid, implementation
+from fastattn.bench.suites import PEERS, Implementation, Problem, absent_peer, grid, implementation
 from fastattn.dense.naive import naive_attention
 
 CPU = torch.device("cpu")
@@ -41,11 +43,29 @@ def test_flops_agree_with_torchs_own_counter():
     assert counter.get_total_flops() == problem.flops * 3.0 / 3.5
 
 
+def test_flops_of_windows_and_bytes_of_decoding():
+    """A window's pairs are counted one by one; decoding reads every key and value once."""
+    problem = Problem(50, head_dim=8, heads=1, kv_heads=1, causal=True, window=7)
+    assert problem.flops == 4 * 8 * int(problem.band(CPU).sum())
+    assert replace(problem, window=50).flops == replace(problem, window=None).flops
+    decode = Problem(4096, head_dim=128, heads=32, kv_heads=8, batch=2, dtype="bfloat16", q_len=1)
+    assert decode.flops == 4 * 2 * 32 * 4096 * 128
+    assert decode.bytes_moved == 2 * 2 * 128 * (2 * 8 * 4096 + 2 * 32)
+
+
 def broken(name, change, **kwargs):
     """Naive attention with its result changed."""
     return Implementation(
         name, lambda problem: (name, lambda q, k, v: change(naive_attention(q, k, v, causal=problem.causal))), **kwargs
     )
+
+
+FEATURES = (
+    Problem(96, head_dim=16, batch=2, mode="fwdbwd", bias=True),
+    Problem(96, head_dim=16, causal=True, mode="fwdbwd", window=7),
+    Problem(256, head_dim=16, causal=True, mode="fwdbwd", dropout=0.1),
+    Problem(128, head_dim=16, heads=4, kv_heads=2, q_len=1),
+)
 
 
 def run_one(problem, *implementations, **settings):
@@ -83,6 +103,38 @@ def test_wrong_results_get_no_speedup(change):
     assert "over its bar" in rows["fastattn"].reason
     assert rows["fastattn"].speedup == {}
     assert rows["fastattn"].median_ms > 0
+
+
+@pytest.mark.parametrize("problem", FEATURES, ids=lambda p: p.feature)
+def test_features_are_computed_by_all_and_wrong_ones_found(problem, monkeypatch):
+    """Fails if a binding drops its feature, or if the judge lets a result pass that lacks it."""
+    monkeypatch.setattr("fastattn.bench.run.read_bandwidth", lambda device: 50.0)
+    # The reference backend takes seconds to draw a dropout mask of enough rows to judge.
+    names = ("naive", "sdpa") if problem.dropout else ("naive", "sdpa", "fastattn")
+    plain = (
+        naive_attention if problem.q_len is None else lambda q, k, v, **_: naive_attention(q, k[:, :, 1:], v[:, :, 1:])
+    )
+
+    def bind_without(p):
+        return "naive", lambda q, k, v, bias=0.0: plain(q, k, v, causal=p.causal) + 0.0 * bias_sum(bias)
+
+    def bias_sum(bias):
+        return bias.sum() if isinstance(bias, torch.Tensor) else bias
+
+    rows = run_one(
+        problem,
+        *(implementation(name) for name in names),
+        Implementation("without", bind_without),
+        max_samples=3,
+    )
+    expected = [*["ok"] * len(names), "wrong"]
+    assert [row.status for row in rows.values()] == expected, [row.reason for row in rows.values()]
+    fast = rows[names[-1]]
+    if problem.q_len:
+        assert fast.gbs == pytest.approx(problem.bytes_moved / fast.median_ms / 1e6)
+        assert fast.peak_fraction == pytest.approx(fast.gbs / 50.0)
+    else:
+        assert fast.gbs is None
 
 
 def test_a_wrong_gradient_is_wrong():
@@ -173,7 +225,7 @@ def test_grid_and_presets_keep_tables_together():
     for preset in PRESETS.values():
         problems = preset.problems()
         assert len(set(problems)) == len(problems)
-        tables = [(p.mode, p.dtype, p.causal, p.head_dim) for p in problems]
+        tables = [(p.mode, p.dtype, p.causal, p.head_dim, p.feature) for p in problems]
         assert len(set(tables)) == 1 + sum(a != b for a, b in pairwise(tables))
 
 
@@ -198,6 +250,37 @@ def test_unknown_implementations_are_named():
         implementation("magic")
     with pytest.raises(ValueError, match="no SDPA backend 'magic'"):
         implementation("sdpa:magic")
+
+
+def test_the_gpu_preset_has_every_kind_of_call_and_its_dry_run_the_same():
+    """Fails if a feature is dropped from the suite, or tried on a GPU first."""
+
+    def kinds(name):
+        return {
+            (p.mode, p.causal, p.head_dim, p.bias, p.window is None, p.dropout, p.q_len, p.heads == p.kv_heads)
+            for p in PRESETS[name].problems()
+        }
+
+    assert kinds("gpu") == kinds("gpu-dry")
+    assert set(PRESETS["gpu"].implementations) - set(PRESETS["gpu-dry"].implementations) == {"flex"}
+    problems = PRESETS["gpu"].problems()
+    assert {p.batch * p.seqlen for p in problems if not p.q_len} == {16384}
+    assert {p.heads * p.head_dim for p in problems if not p.q_len} == {2048}
+    for name in PRESETS["gpu"].implementations:
+        assert implementation(name).name == name
+
+
+def test_an_absent_peer_says_why():
+    assert absent_peer("naive") is None
+    for name, peer in PEERS.items():
+        if importlib.util.find_spec(peer.module.partition(".")[0]) is None:
+            assert "ModuleNotFoundError" in absent_peer(name)
+
+
+@pytest.mark.parametrize("wrong", [{"q_len": 1, "causal": True}, {"q_len": 1, "mode": "fwdbwd"}, {"window": 3}])
+def test_problems_that_nothing_measures_are_refused(wrong):
+    with pytest.raises(ValueError, match="only"):
+        Problem(64, **wrong)
 
 
 def test_no_row_is_compared_with_itself():

@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# Proves and measures fastattn on a GPU machine, without network.
+#
+#   benchmarks/gpu.sh [--dry-run] OUT_DIR [PART ...]
+#
+# Parts, all by default, each within 9 minutes; one that fails does not keep the next from running:
+#   install   this checkout, in place
+#   tests     the GPU tests
+#   verify    the feature grid on every backend, recorded in OUT_DIR as the hardware ledger does
+#   bench     the GPU preset of `fastattn bench`, and what a call costs the host
+#   memory    memory by length, to 128k tokens
+#
+# OUT_DIR then holds summary.txt, logs.txt (the output of every part) and what the parts wrote; exit code 1 where a part
+# failed. PYTHON names the interpreter. --dry-run goes the same way on a CPU in a minute, with tiny shapes, Triton's
+# interpreter and nothing installed: it tries this script, not the kernels.
+set -u -o pipefail
+
+readonly LIMIT_S=540
+readonly ALL=(install tests verify bench memory)
+
+usage() {
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+    exit 2
+}
+
+DRY=
+if [ "${1-}" = --dry-run ]; then
+    DRY=1
+    shift
+fi
+[ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
+shift
+PARTS=("${@:-${ALL[@]}}")
+for part in "${PARTS[@]}"; do
+    case " ${ALL[*]} " in
+        *" $part "*) ;;
+        *) echo "gpu.sh: no part '$part'; there are ${ALL[*]}" >&2; exit 2 ;;
+    esac
+done
+
+PYTHON=$(command -v "${PYTHON:-python3}") || { echo "gpu.sh: no interpreter ${PYTHON:-python3}" >&2; exit 2; }
+# Before the checkout is entered: the interpreter may be named by a path from here.
+PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
+# Build tools that were installed as packages stand beside the interpreter.
+export PATH="$(dirname "$PYTHON"):$PATH" PYTHONUNBUFFERED=1 NO_COLOR=1
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
+[ -z "$DRY" ] || export TRITON_INTERPRET=1
+
+run() {
+    echo "+ $*"
+    timeout "$LIMIT_S" "$@"
+}
+
+fastattn() {
+    run "$PYTHON" -m fastattn.cli "$@"
+}
+
+part_install() {
+    if ! { command -v cmake && command -v ninja && "$PYTHON" -c 'import pybind11'; } >/dev/null 2>&1; then
+        echo "warning: cmake, ninja or pybind11 is missing: installing without the C++ kernels (FASTATTN_NATIVE=off)"
+        export FASTATTN_NATIVE=off
+    fi
+    run "$PYTHON" -m pip install ${DRY:+--dry-run} --no-build-isolation --no-deps --editable .
+}
+
+part_tests() {
+    local select=(tests/dense -k "triton or cuda" -p no:cacheprovider)
+    if [ -n "$DRY" ]; then
+        # The interpreter's tests are part of the ordinary ones; here it counts that they can be found.
+        run "$PYTHON" -m pytest --collect-only -q "${select[@]}" || [ $? -eq 5 ]
+        return
+    fi
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+        # Few processes: they share the GPU's memory, and each compiles kernels.
+        select+=(-n 8)
+    fi
+    run "$PYTHON" -m pytest -q "${select[@]}"
+}
+
+part_verify() {
+    if [ -n "$DRY" ]; then
+        # Not recorded: a record times the machine's best backend, at lengths that take the interpreter hours.
+        fastattn verify --backend triton --dtype float32,float16 --device cpu --case lengths_63x65 --case paged_decode
+        return
+    fi
+    fastattn verify --record --ledger "$OUT"
+}
+
+part_bench() {
+    local files=(--json "$OUT/bench.json" --csv "$OUT/bench.csv")
+    rm -f "$OUT/bench.csv" # or this run's rows would follow an earlier one's
+    run "$PYTHON" -m pytest -q -p no:cacheprovider --benchmark-disable benchmarks/bench_overhead.py || return
+    if [ -n "$DRY" ]; then
+        fastattn bench --preset gpu-dry --device cpu "${files[@]}"
+        return
+    fi
+    fastattn bench --preset gpu --device cuda "${files[@]}"
+}
+
+part_memory() {
+    if [ -n "$DRY" ]; then
+        fastattn profile --model op --seqlen 64..512 --heads 2 --head-dim 16 --device cpu --dtype bfloat16 --out "$OUT"
+        return
+    fi
+    fastattn profile --model op --seqlen 1k..128k --heads 16 --head-dim 128 --device cuda --dtype bfloat16 --out "$OUT"
+}
+
+: >"$OUT/logs.txt"
+: >"$SCRATCH/table"
+failed=0
+for part in "${PARTS[@]}"; do
+    echo "== $part" | tee -a "$OUT/logs.txt"
+    began=$SECONDS
+    "part_$part" 2>&1 | tee -a "$OUT/logs.txt" "$SCRATCH/$part.log"
+    code=${PIPESTATUS[0]}
+    result=ok
+    if [ "$code" -ne 0 ]; then
+        failed=1
+        result="failed, exit code $code"
+        [ "$code" -ne 124 ] || result="stopped after $LIMIT_S s"
+    fi
+    printf '%-10s %5d s   %s\n' "$part" $((SECONDS - began)) "$result" >>"$SCRATCH/table"
+done
+
+{
+    # What each part found, in its own words.
+    [ ! -f "$SCRATCH/tests.log" ] || tail -n 1 "$SCRATCH/tests.log"
+    [ ! -f "$SCRATCH/verify.log" ] || grep -E '^(FAILED|.* cases pass)' "$SCRATCH/verify.log"
+    [ ! -f "$SCRATCH/bench.log" ] || sed -n '/^Geometric means/,/^written/{/^written/d;p}' "$SCRATCH/bench.log"
+    [ ! -f "$SCRATCH/memory.log" ] || sed -n '/^Total memory/,/^written/{/^written/d;p}' "$SCRATCH/memory.log"
+    echo
+    cat "$SCRATCH/table"
+} >"$OUT/summary.txt"
+echo "== summary"
+cat "$OUT/summary.txt"
+exit "$failed"
