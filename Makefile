@@ -10,6 +10,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+OLDEST_TRITON := build/triton-3.6
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: bench test check clean
@@ -20,13 +21,17 @@ bench: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests
 
-# Lint, types, the bfloat16 dot-product kernels by emulation, and a wheel installed on its own.
-check: $(VENV)/installed-check
+# Lint, types, the bfloat16 dot-product kernels by emulation, a wheel installed on its own, what the Triton kernels
+# compile to for GPUs, and a dry run of the GPU harness.
+check: $(VENV)/installed-check $(OLDEST_TRITON)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tests/check_emulated_bf16.py
 	$(BIN)/python tests/check_wheel.py
+	$(BIN)/python tests/check_triton.py
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python tests/check_triton.py sm_90
+	PYTHON=$(BIN)/python benchmarks/gpu.sh --dry-run build/gpu-dry
 
 $(VENV)/torch:
 	@echo "== creating $(VENV) and installing $(TORCH) (the download can take minutes)"
@@ -42,6 +47,9 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 $(VENV)/installed-check: $(VENV)/installed
 	$(PIP) --editable '.[test,check]'
 	@touch $@
+
+$(OLDEST_TRITON): $(VENV)/installed
+	$(PIP) --target $@ --no-deps triton==3.6.0
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastattn/_native*.so

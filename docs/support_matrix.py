@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 
 from fastattn import ledger
-from fastattn.backends import FAMILIES, FEATURES, Capability, capabilities
+from fastattn.backends import FAMILIES, FEATURES, capabilities
 
-# Every native kernel that csrc/CMakeLists.txt can build, and what it needs.
+# Every kernel that csrc/CMakeLists.txt can build, and Triton's, with what they need.
 KERNELS = {
     "dense/cpu/v4_bf16": "x86-64-v4 with avx512_bf16 (bfloat16 only; other dtypes as v4)",
     "dense/cpu/v4": "x86-64-v4 (AVX-512)",
     "dense/cpu/v3": "x86-64-v3 (AVX2)",
     "dense/cpu/baseline": "any x86-64",
     "dense/cpu/neon": "aarch64",
+    "dense/triton": "a GPU that Triton reaches (NVIDIA sm_80 or newer)",
 }
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->\n"
@@ -28,8 +29,8 @@ def table(family: str) -> str:
     backends = capabilities(family)
     rows = [("", [f"`{b.backend}`" for b in backends])]
     rows.append(("devices", [", ".join(sorted(b.devices)) or "any" for b in backends]))
-    rows.append(("dtypes", [_dtypes(b) for b in backends]))
-    rows.append(("head_dim", ["any" if b.max_head_dim is None else f"1 to {b.max_head_dim}" for b in backends]))
+    rows.append(("dtypes", [b.dtype_names() for b in backends]))
+    rows.append(("head_dim", [b.head_dims() for b in backends]))
     rows += [(text, ["yes" if name in b.features else "no" for b in backends]) for name, text in FEATURES.items()]
     lines = ["| " + " | ".join([label, *cells]) + " |" for label, cells in rows]
     lines.insert(1, "|" + " --- |" * (len(backends) + 1))
@@ -44,10 +45,6 @@ def hardware() -> str:
         devices = ", ".join(sorted(f"{r['device']['name']} ({r['recorded'][:10]})" for r in records))
         lines.append(f"| `{kernel}` | {needs} | {devices or 'not verified on hardware'} |")
     return "\n".join(lines) + "\n"
-
-
-def _dtypes(capability: Capability) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in capability.dtypes))
 
 
 def main() -> int:
