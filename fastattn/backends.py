@@ -56,7 +56,7 @@ FEATURES = {
 }
 
 
-def _always() -> None:
+def _always(device: str, index: int | None) -> None:
     return None
 
 
@@ -70,9 +70,10 @@ class Capability:
     dtypes: frozenset[torch.dtype]
     max_head_dim: int | None
     features: frozenset[str]
-    unavailable: Callable[[], str | None] = _always  # the reason why it cannot run here at all, or None
+    # (device type, its index or None) -> the reason why it cannot run there on this machine, or None
+    unavailable: Callable[[str, int | None], str | None] = _always
     not_on: frozenset[tuple[str, torch.dtype]] = frozenset()  # device types where it lacks one of its dtypes
-    max_head_dim_trained: int | None = None  # with gradients, where that is less
+    narrower: frozenset[tuple[str, int]] = frozenset()  # features with which max_head_dim is less
 
     def has_dtype(self, dtype: torch.dtype, device: str) -> bool:
         """Whether it computes in the dtype on that type of device."""
@@ -82,8 +83,11 @@ class Capability:
         """Its head sizes for people to read."""
         if self.max_head_dim is None:
             return "any"
-        trained = "" if self.max_head_dim_trained is None else f" ({self.max_head_dim_trained} with gradients)"
-        return f"1 to {self.max_head_dim}{trained}"
+        less: dict[int, list[str]] = {}
+        for feature, widest in sorted(self.narrower):
+            less.setdefault(widest, []).append(FEATURES[feature])
+        notes = ", ".join(f"{widest} with {' or '.join(names)}" for widest, names in less.items())
+        return f"1 to {self.max_head_dim}" + (f" ({notes})" if notes else "")
 
     def dtype_names(self) -> str:
         """Its dtypes for people to read, in order, with the devices that lack one."""
@@ -150,7 +154,7 @@ def backend_names(family: str) -> tuple[str, ...]:
 def reasons_against(capability: Capability, needs: Requirements) -> tuple[str, ...]:
     """Everything that keeps a backend from running a problem; empty where it can."""
     reasons = []
-    missing = capability.unavailable()
+    missing = capability.unavailable(needs.device, needs.device_index)
     if missing:
         reasons.append(missing)
     if capability.devices and needs.device not in capability.devices:
@@ -159,11 +163,12 @@ def reasons_against(capability: Capability, needs: Requirements) -> tuple[str, .
         reasons.append(f"does not support {needs.dtype}")
     elif not capability.has_dtype(needs.dtype, needs.device):
         reasons.append(f"does not support {needs.dtype} on {needs.device}")
-    widest, condition = capability.max_head_dim, ""
-    if capability.max_head_dim_trained is not None and "backward" in needs.features:
-        widest, condition = capability.max_head_dim_trained, " with gradients"
-    if widest is not None and needs.head_dim > widest:
-        reasons.append(f"head_dim must be at most {widest}{condition}, got {needs.head_dim}")
+    if capability.max_head_dim is not None:
+        limits = {capability.max_head_dim: ""}
+        limits |= {most: f" with {FEATURES[name]}" for name, most in capability.narrower if name in needs.features}
+        widest = min(limits)
+        if needs.head_dim > widest:
+            reasons.append(f"head_dim must be at most {widest}{limits[widest]}, got {needs.head_dim}")
     lacking = [FEATURES[f] for f in FEATURES if f in needs.features and f not in capability.features]
     if lacking:
         reasons.append("does not support " + ", ".join(lacking))

@@ -6,7 +6,7 @@ Rotary embeddings: Su et al., RoFormer (arXiv:2104.09864).
 import triton
 import triton.language as tl
 
-from fastattn.kernels.dense_scores import head_rows
+from fastattn.kernels.dense_scores import VARYING, head_rows
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _copy_rotated(
         tl.store(target + second * target_stride, (y * cosine + x * sine).to(kind), mask=rotated)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_new", "capacity", "positions", "pages"])
+@triton.jit(do_not_specialize=VARYING)
 def append_kernel(
     query, query_stride_b, query_stride_h, query_stride_s,
     rotated, rotated_stride_b, rotated_stride_h, rotated_stride_s,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fastattn.kernels.dense_scores import (
     LOG2E,
+    VARYING,
     Dropout,
     Interval,
     Scoring,
@@ -26,7 +27,7 @@ from fastattn.kernels.dense_scores import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     out, out_stride_b, out_stride_h, out_stride_s,
     grad_out, grad_out_stride_b, grad_out_stride_h, grad_out_stride_s,
@@ -109,7 +110,7 @@ def _walk_rows(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "query_offset", "window_left", "window_right"])
+@triton.jit(do_not_specialize=VARYING)
 def key_value_kernel(
     query, query_stride_b, query_stride_h, query_stride_s,
     key, key_stride_b, key_stride_h, key_stride_s,
@@ -207,7 +208,7 @@ def _walk_keys(
     return grad_query
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "query_offset", "window_left", "window_right"])
+@triton.jit(do_not_specialize=VARYING)
 def query_kernel(
     query, query_stride_b, query_stride_h, query_stride_s,
     key, key_stride_b, key_stride_h, key_stride_s,
@@ -269,7 +270,7 @@ def query_kernel(
     store_rows(results, m0, rows, acc * scale, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "query_offset", "window_left", "window_right"])
+@triton.jit(do_not_specialize=VARYING)
 def bias_kernel(
     query, query_stride_b, query_stride_h, query_stride_s,
     key, key_stride_b, key_stride_h, key_stride_s,

@@ -11,6 +11,7 @@ import triton.language as tl
 from fastattn.kernels.dense_forward import attend, finish
 from fastattn.kernels.dense_scores import (
     LOG2E,
+    VARYING,
     Dropout,
     Interval,
     Pages,
@@ -21,18 +22,7 @@ from fastattn.kernels.dense_scores import (
 )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "splits",
-        "chunk",
-        "pages",
-        "seqlen_q",
-        "seqlen_k",
-        "query_offset",
-        "window_left",
-        "window_right",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def split_kernel(
     query, query_stride_b, query_stride_h, query_stride_s,
     key, key_stride_b, key_stride_h, key_stride_s,
@@ -131,7 +121,7 @@ def split_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["splits", "seqlen_q"])
+@triton.jit(do_not_specialize=VARYING)
 def combine_kernel(
     partial_out, partial_lse, out, out_stride_b, out_stride_h, out_stride_s, lse, sinks, heads, splits, seqlen_q,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,

@@ -10,6 +10,7 @@ import triton.language as tl
 from fastattn.kernels.dense_scores import (
     LN2,
     LOG2E,
+    VARYING,
     Dropout,
     Interval,
     Scoring,
@@ -81,7 +82,7 @@ def finish(acc, total, highest, sink, dropout_scale):
     return acc * (dropout_scale / divisor)[:, None], lse
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "query_offset", "window_left", "window_right"])
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     query, query_stride_b, query_stride_h, query_stride_s,
     key, key_stride_b, key_stride_h, key_stride_s,

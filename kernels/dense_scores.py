@@ -13,6 +13,23 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
+# Arguments that differ from call to call: Triton would compile a kernel anew where one is 1, or a multiple of 16.
+VARYING = (
+    *(
+        "seqlen_q",
+        "seqlen_k",
+        "query_offset",
+        "window_left",
+        "window_right",
+        "tiles",
+        "tiles_q",
+        "tiles_k",
+        "sequences",
+    ),
+    *("splits", "chunk", "pages", "seqlen_new", "new_rows", "capacity", "positions", "lse_stride_b", "lse_stride_h"),
+    *("block_table_stride", "dropout_threshold"),
+)
+
 
 class Rows(NamedTuple):
     """A (rows, columns) matrix in memory."""

@@ -76,8 +76,9 @@ def _native() -> list[tuple[str, str]]:
 
 def _backends() -> list[tuple[str, str]]:
     lines = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for capability in capabilities("dense"):
-        reason = capability.unavailable()
+        reason = capability.unavailable(device, None)
         devices = ", ".join(sorted(capability.devices)) or "any device"
         text = f"not available: {reason}" if reason else f"{devices}; {capability.dtype_names()}"
         lines.append((capability.backend, text))

@@ -40,7 +40,7 @@ CAPABILITY = Capability(
             "deterministic",
         }
     ),
-    unavailable=_extension.unavailable,
+    unavailable=lambda device, index: _extension.unavailable(),
 )
 
 _Strided = tuple[int, ...]  # address, then a stride per axis

@@ -91,11 +91,11 @@ def backends_on(device: str, *dtypes: torch.dtype, own: bool = False) -> list[st
 
     With ``own``, without PyTorch's own attention.
     """
-    kind = torch.device(device).type
+    kind, index = torch.device(device).type, torch.device(device).index
     return [
         c.backend
         for c in capabilities("dense")
-        if not c.unavailable()
+        if not c.unavailable(kind, index)
         and (not c.devices or kind in c.devices)
         and all(c.has_dtype(dtype, kind) for dtype in dtypes)
         and not (own and c.backend == DELEGATE)

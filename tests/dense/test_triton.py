@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import verify
+from fastattn import backends, verify
+from fastattn.backends import FEATURES, Requirements
+from fastattn.dense import triton, triton_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif("triton" not in verify.backends_on(DEVICE), reason="Triton is not installed")
@@ -30,13 +32,11 @@ def assert_like_reference(found: tuple[Tensor, Tensor], *args: Tensor, **options
 
 def test_splits_keep_the_device_busy() -> None:
     """Fails where few programs do not split, where many do, or where there are more parts than allowed."""
-    from fastattn.dense.triton import _splits
-
-    assert 0.85 * 264 <= 8 * _splits(8, 264, 128) <= 264  # nearly a full wave, and only one
-    assert _splits(8, 264, 4) == 4
-    assert _splits(264, 264, 128) == 1
-    assert _splits(10_000, 264, 128) == 1
-    assert _splits(1, 264, 0) == 1
+    assert 0.85 * 264 <= 8 * triton._splits(8, 264, 128) <= 264  # nearly a full wave, and only one
+    assert triton._splits(8, 264, 4) == 4
+    assert triton._splits(264, 264, 128) == 1
+    assert triton._splits(10_000, 264, 128) == 1
+    assert triton._splits(1, 264, 0) == 1
 
 
 @pytest.mark.parametrize("keys", [1, 63, 65, 700])
@@ -113,6 +113,35 @@ def test_head_dim_512() -> None:
         fastattn.attention(*beyond, backend="triton")
     with torch.no_grad():
         assert {v.backend: v for v in fastattn.explain(*beyond)}["triton"].supported
+
+
+@pytest.mark.parametrize(("features", "widest"), [((), 576), (("backward",), 512), (("packed",), 512)])
+def test_head_size_limits(features: tuple[str, ...], widest: int) -> None:
+    """Fails where wider heads than there are tiles for are taken, or refused without naming what makes the limit."""
+    table = triton.CAPABILITY
+    for head_dim in (widest, widest + 1):
+        needs = Requirements(DEVICE, torch.float32, head_dim, frozenset(features))
+        reasons = "; ".join(backends.reasons_against(table, needs))
+        assert bool(reasons) == (head_dim > widest)
+        assert not reasons or all(text in reasons for text in (str(widest), *(FEATURES[f] for f in features)))
+
+
+@pytest.mark.parametrize(("capability", "supported"), [((7, 5), False), ((8, 0), True), ((10, 3), True)])
+def test_gpus_that_triton_no_longer_supports(
+    capability: tuple[int, int], supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails where a GPU before compute capability 8.0 is offered kernels that do not compile for it."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    triton_launch.compute_capability.cache_clear()
+    try:
+        needs = Requirements("cuda", torch.float16, 64, frozenset(), device_index=5)
+        reasons = backends.reasons_against(triton.CAPABILITY, needs)
+    finally:
+        triton_launch.compute_capability.cache_clear()
+    assert (reasons == ()) == supported
+    assert supported or "compute capability 8.0, Some GPU has 7.5" in reasons[0]
 
 
 def test_packed_sequences_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
