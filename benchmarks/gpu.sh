@@ -9,6 +9,7 @@
 #   verify    the feature grid on every backend, recorded in OUT_DIR as the hardware ledger does
 #   bench     the GPU preset of `fastattn bench`, and what a call costs the host
 #   memory    memory by length, to 128k tokens
+#   sanitize  some of the feature grid under compute-sanitizer: no kernel reads or writes out of bounds
 #
 # OUT_DIR then holds summary.txt, logs.txt (the output of every part) and what the parts wrote; exit code 1 where a part
 # failed. PYTHON names the interpreter. --dry-run goes the same way on a CPU in a minute, with tiny shapes, Triton's
@@ -16,7 +17,7 @@
 set -u -o pipefail
 
 readonly LIMIT_S=540
-readonly ALL=(install tests verify bench memory)
+readonly ALL=(install tests verify bench memory sanitize)
 
 usage() {
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
@@ -90,6 +91,19 @@ part_verify() {
     fastattn verify --record --ledger "$OUT"
 }
 
+part_sanitize() {
+    local command=("$PYTHON" -m fastattn.cli verify --dtype float16)
+    if [ -n "$DRY" ]; then
+        run "${command[@]}" --backend triton --device cpu --case gqa_bias
+        return
+    fi
+    # torch's allocator would keep what lies past a tensor within the same allocation, where no access is wrong.
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+    run compute-sanitizer --error-exitcode 1 "${command[@]}" --device cuda --case lengths --case key_lengths \
+        --case packed --case paged --case gqa_bias --case everything
+}
+
 part_bench() {
     local files=(--json "$OUT/bench.json" --csv "$OUT/bench.csv")
     rm -f "$OUT/bench.csv" # or this run's rows would follow an earlier one's
@@ -129,7 +143,9 @@ done
 {
     # What each part found, in its own words.
     [ ! -f "$SCRATCH/tests.log" ] || tail -n 1 "$SCRATCH/tests.log"
-    [ ! -f "$SCRATCH/verify.log" ] || grep -E '^(FAILED|.* cases pass)' "$SCRATCH/verify.log"
+    for part in verify sanitize; do
+        [ ! -f "$SCRATCH/$part.log" ] || grep -E '^(FAILED|.* cases pass|.*ERROR SUMMARY)' "$SCRATCH/$part.log"
+    done
     [ ! -f "$SCRATCH/bench.log" ] || sed -n '/^Geometric means/,/^written/{/^written/d;p}' "$SCRATCH/bench.log"
     [ ! -f "$SCRATCH/memory.log" ] || sed -n '/^Total memory/,/^written/{/^written/d;p}' "$SCRATCH/memory.log"
     echo
