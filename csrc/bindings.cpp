@@ -38,8 +38,8 @@ void def_view(py::class_<DenseParams>& cls, const char* name) {
       });
 }
 
-// An array of int32 is set from its address or None.
-template <const int32_t* DenseParams::*field>
+// An array is set from its address or None.
+template <class T, const T* DenseParams::*field>
 void def_array(py::class_<DenseParams>& cls, const char* name) {
   cls.def_property(
       name,
@@ -48,7 +48,7 @@ void def_array(py::class_<DenseParams>& cls, const char* name) {
         return py::int_(reinterpret_cast<uintptr_t>(p.*field));
       },
       [](DenseParams& p, const py::object& value) {
-        p.*field = value.is_none() ? nullptr : reinterpret_cast<const int32_t*>(value.cast<uintptr_t>());
+        p.*field = value.is_none() ? nullptr : reinterpret_cast<const T*>(value.cast<uintptr_t>());
       });
 }
 
@@ -71,6 +71,9 @@ void check(const DenseParams& p) {
           "dtype must be float32, bfloat16, float16 or float64");
   require(p.scale - p.scale == 0, "scale must be finite");
   require(p.threads >= 1, "threads must be at least 1");
+  require(p.softcap >= 0 && p.softcap - p.softcap == 0, "softcap must be finite and not negative");
+  require(p.dropout_p >= 0 && p.dropout_p <= 1, "dropout_p must be between 0 and 1");
+  require(p.dropout_p == 0 || p.rng, "dropout needs rng");
   const int64_t queries = p.batch * p.heads_q * p.seqlen_q, keys = p.batch * p.heads_kv * p.seqlen_k;
   require(has(p.query, queries) && has(p.out, queries), "query and out must not be None");
   require(has(p.key, keys) && has(p.value, keys), "key and value must not be None");
@@ -83,6 +86,7 @@ void check_backward(const DenseParams& p) {
   require(has(p.lse, queries) && has(p.grad_out, queries) && has(p.grad_query, queries) && has(p.grad_key, keys) &&
               has(p.grad_value, keys),
           "the backward needs lse, grad_out, grad_query, grad_key and grad_value");
+  require(!p.grad_sinks.data || p.sinks.data, "grad_sinks needs sinks");
   require(!p.grad_mask.data || (p.attn_mask.data && p.mask_dtype != Dtype::kBool),
           "grad_mask needs a floating-point attn_mask");
 }
@@ -143,6 +147,9 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("window_left", &DenseParams::window_left)
       .def_readwrite("window_right", &DenseParams::window_right)
       .def_readwrite("scale", &DenseParams::scale)
+      .def_readwrite("softcap", &DenseParams::softcap)
+      .def_readwrite("dropout_p", &DenseParams::dropout_p)
+      .def_readwrite("first_sequence", &DenseParams::first_sequence)
       .def_readwrite("threads", &DenseParams::threads)
       .def_property(
           "scratch", [](const DenseParams& p) { return reinterpret_cast<uintptr_t>(p.scratch); },
@@ -159,9 +166,13 @@ PYBIND11_MODULE(_native, m) {
   def_view<&DenseParams::grad_key>(params, "grad_key");
   def_view<&DenseParams::grad_value>(params, "grad_value");
   def_view<&DenseParams::grad_mask>(params, "grad_mask");
-  def_array<&DenseParams::query_start>(params, "query_start");
-  def_array<&DenseParams::key_start>(params, "key_start");
-  def_array<&DenseParams::key_lengths>(params, "key_lengths");
+  def_view<&DenseParams::alibi_slopes>(params, "alibi_slopes");
+  def_view<&DenseParams::sinks>(params, "sinks");
+  def_view<&DenseParams::grad_sinks>(params, "grad_sinks");
+  def_array<int32_t, &DenseParams::query_start>(params, "query_start");
+  def_array<int32_t, &DenseParams::key_start>(params, "key_start");
+  def_array<int32_t, &DenseParams::key_lengths>(params, "key_lengths");
+  def_array<int64_t, &DenseParams::rng>(params, "rng");
 
   m.def(
       "cpu_dense_forward",

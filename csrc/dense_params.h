@@ -38,12 +38,18 @@ struct DenseParams {
   int64_t query_offset = 0;
   int64_t window_left = kUnlimited, window_right = kUnlimited;
   double scale = 1.0;
+  double softcap = 0.0;          // 0: none
+  View alibi_slopes, sinks;      // (B, Hq) and (Hq,) as (1, Hq), in lse's dtype; row and column strides unused
+  double dropout_p = 0.0;
+  const int64_t* rng = nullptr;  // seed and offset; absent without dropout
+  int64_t first_sequence = 0;    // added to b in dropout's counter
 
   View out, lse;  // written by the forward, read by the backward
 
   // Backward only. grad_lse and grad_mask may be absent.
   View grad_out, grad_lse;
   View grad_query, grad_key, grad_value;
+  View grad_sinks;  // like sinks
   View grad_mask;  // float32 (float64 for float64); 0 strides where attn_mask broadcasts, so it has the bias's own size
 
   // CPU: how many threads, and working memory: 64-byte aligned, as much as the kernel's scratch function says.

@@ -1,6 +1,7 @@
-// Backward of dense attention. With s2 = scale log2(e) q k^T + bias log2(e), per row of P and dS:
-//   p = 2^(s2 - lse log2(e)),   ds = p (do v^T - delta),   delta = rowsum(do * out) - grad_lse
-//   dv = p^T do,   dk = scale ds^T q,   dq = scale ds k,   dbias = ds
+// Backward of dense attention. With the scores s2 in units of log2, per row of P and dS:
+//   p = 2^(s2 - lse log2(e)),   ds = p (kept do v^T - delta),   delta = rowsum(do * out) - grad_lse
+//   dv = (kept p)^T do,   dz = ds (1 - tanh^2),   dk = scale dz^T q,   dq = scale dz k,   dbias = ds
+// where kept is dropout's factor on each probability, 0 or 1 / (1 - dropout_p), and 1 - tanh^2 the softcap's derivative.
 // The scores are computed again from the saved lse, so nothing of size Sq x Sk is stored.
 //
 // For each wave of kv heads, and one query head of each group after the other: pack Q and dO of the wave's heads, then
@@ -14,8 +15,8 @@
 #pragma once
 
 #include "gemm.h"
-#include "mask.h"
 #include "pack.h"
+#include "scores.h"
 #include "work.h"
 
 namespace fastattn {
@@ -69,6 +70,8 @@ class Backward {
     Elem* grad_scores;                // [kTile][64 / kPack]
     Elem* staging;                    // 64 keys, or one row as Real
     Real* bias;                       // [64]
+    Real *derivative, *kept;          // [kTile][64], with a softcap and with dropout
+    uint32_t* words;                  // [64], dropout's
 
     Block(Carver& c, const Backward& f) {
       key_turned = c.take<Elem>(kBlock * f.steps_qk_);
@@ -78,12 +81,15 @@ class Backward {
       grad_value = c.take<Real>(kBlock * f.columns_v_);
       scores = c.take<Real>(kTile * kPanelKeys);
       grad_probs = c.take<Real>(kTile * kPanelKeys);
-      const bool same = A::kPack == 1;
-      probs = same ? reinterpret_cast<Elem*>(scores) : c.take<Elem>(kTile * kPanelKeys / A::kPack);
+      const bool one = A::kPack == 1, same = one && !f.keeps_ds_apart();
+      probs = one ? reinterpret_cast<Elem*>(scores) : c.take<Elem>(kTile * kPanelKeys / A::kPack);
       grad_scores = same ? reinterpret_cast<Elem*>(grad_probs) : c.take<Elem>(kTile * kPanelKeys / A::kPack);
-      grad_scores_turned = same ? grad_scores : c.take<Elem>(kTile * kPanelKeys / A::kPack);
+      grad_scores_turned = one ? grad_scores : c.take<Elem>(kTile * kPanelKeys / A::kPack);
       staging = c.take<Elem>(kPanelKeys * round_up(max64(f.steps_qk_, f.steps_v_), kLanes));
       bias = c.take<Real>(kPanelKeys);
+      derivative = c.take<Real>(f.scores_.capped() ? kTile * kPanelKeys : 0);
+      kept = c.take<Real>(f.dropout_.active() ? kTile * kPanelKeys : 0);
+      words = c.take<uint32_t>(kPanelKeys);
     }
   };
 
@@ -95,7 +101,7 @@ class Backward {
         rows_(round_up(p.seqlen_q, kTileRows)), tiles_(div_up(p.seqlen_q, kTile)), blocks_(div_up(p.seqlen_k, kBlock)),
         group_(group_size(p)), threads_(useful_threads(p)), negative_(p.scale < 0),
         row_bias_(p.grad_mask.data && p.grad_mask.stride[3] == 0), scale_(Real(p.scale)),
-        magnitude_(Real(negative_ ? -p.scale : p.scale)), scale2_(log2_scale<Real>(p.scale)) {}
+        magnitude_(Real(negative_ ? -p.scale : p.scale)), scores_(p), dropout_(p) {}
 
   int64_t scratch_bytes() const { return layout().bytes(); }
 
@@ -141,8 +147,7 @@ class Backward {
             write_query(head, batch_of(unit), query_head_of(unit), (item - packs - blocks) % tiles_);
           }
         });
-        if (row_bias_)
-          for (int64_t unit = 0; unit < count; ++unit) add_row_bias_gradient(batch_of(unit), query_head_of(unit));
+        for (int64_t unit = 0; unit < count; ++unit) add_row_gradients(batch_of(unit), query_head_of(unit), head_of(unit));
       }
     }
   }
@@ -157,14 +162,9 @@ class Backward {
 
   Range tile_rows(int64_t tile) const { return {tile * kTile, min64((tile + 1) * kTile, p_.seqlen_q)}; }
 
-  static Real& at(const View& view, int64_t b, int64_t h, int64_t i, int64_t j = 0) {
-    return static_cast<Real*>(view.data)[b * view.stride[0] + h * view.stride[1] + i * view.stride[2] +
-                                         j * view.stride[3]];
-  }
-
   // Rows that see no key, or whose lse says that a bias hid all of them, take no part in anything.
   bool is_live(const Interval& interval, int64_t b, int64_t h, int64_t i) const {
-    return !interval.keys(i).empty() && at(p_.lse, b, h, i) != -infinity<Real>();
+    return !interval.keys(i).empty() && at<Real>(p_.lse, b, h, i) != -infinity<Real>();
   }
 
   void pack_tile(const Head& head, const Block& t, int64_t b, int64_t h, int64_t tile) const {
@@ -179,8 +179,8 @@ class Backward {
       for (int m = 0; m < kTileRows; ++m) {
         const int64_t r = i + m;
         live[m] = r < rows.end && is_live(interval, b, h, r);
-        head.lse2[r] = live[m] ? at(p_.lse, b, h, r) * Real(kLog2E) : infinity<Real>();
-        if (!live[m]) head.delta[r] = 0;
+        head.lse2[r] = live[m] ? at<Real>(p_.lse, b, h, r) * Real(kLog2E) : infinity<Real>();
+        if (r >= rows.end || at<Real>(p_.lse, b, h, r) == -infinity<Real>()) head.delta[r] = 0;
       }
       for (int m = 0; m < kTileRows; m += 2) {
         const Range pair{i + m + !live[m], i + m + 1 + live[m + 1]};
@@ -219,7 +219,7 @@ class Backward {
         for (int m = 0; m < kLanes; ++m) sum = sum + grad[m] * out[m];
       }
       for (int64_t m = 0; m < count; ++m)
-        head.delta[first + m] = sum[m] - (p_.grad_lse.data ? at(p_.grad_lse, b, h, first + m) : Real(0));
+        head.delta[first + m] = sum[m] - (p_.grad_lse.data ? at<Real>(p_.grad_lse, b, h, first + m) : Real(0));
     }
   }
 
@@ -279,21 +279,23 @@ class Backward {
   // p and ds of the rows in `groups` (whole groups of six) against the 64 keys of one panel.
   void panel_scores(const Head& head, const Block& t, const Interval& interval, int64_t b, int64_t h, Range groups,
                     Range panel, int64_t n) const {
-    const int64_t present = panel.end - panel.begin;
     row_groups(groups, head.query, query_ld_, steps_qk_, t.key_turned + n * steps_qk_, t.scores);
     row_groups(groups, head.grad_out, value_ld_, steps_v_, t.value_turned + n * steps_v_, t.grad_probs);
-    Real factor = scale2_;
-    for (int64_t i = groups.begin; i < min64(groups.end, p_.seqlen_q); ++i) {
-      Real* scores = t.scores + (i - groups.begin) * kPanelKeys;
-      if (p_.attn_mask.data) {
-        read_bias(t.bias, p_, b, h, i, panel.begin, present);
-        add_bias(scores, t.bias, scale2_, present);
-        factor = 1;
+    for (int64_t i = groups.begin; i < groups.end; ++i) {
+      const int64_t at = (i - groups.begin) * kPanelKeys;
+      const int64_t row = min64(i, p_.seqlen_q - 1);  // past the last one anything finite will do: there p is 0
+      scores_.shape(t.scores + at, t.bias, scores_.capped() ? t.derivative + at : nullptr, b, h, row,
+                    interval.position(row), panel.begin, kPanelKeys);
+      hide_outside(t.scores + at, panel.begin, kPanelKeys, interval.keys(row));
+      if (dropout_.active()) {
+        dropout_.draw(t.words, b, h, row, panel.begin, kPanelKeys);
+        const RealVec factor = Reals::broadcast(Real(dropout_.scale()));
+        for (int64_t j = 0; j < kPanelKeys; j += kLanes)
+          Reals::store(t.kept + at + j, dropout_.template keep<Real>(factor, t.words + j));
       }
-      hide_outside(scores, panel.begin, kPanelKeys, interval.keys(i));
     }
     for (int64_t i = groups.begin; i < groups.end; i += 2)
-      row_pair_gradients(head, t, i, (i - groups.begin) * kPanelKeys, factor);
+      row_pair_gradients(head, t, i, (i - groups.begin) * kPanelKeys);
   }
 
   // One product after the other: a panel of 64 keys stays in L1 while the groups of rows pass.
@@ -303,19 +305,30 @@ class Backward {
                                               to + (i - groups.begin) * kPanelKeys, kPanelKeys);
   }
 
-  void row_pair_gradients(const Head& head, const Block& t, int64_t i, int64_t at, Real factor) const {
-    const bool keep_ds = A::kPack == 1 || p_.grad_mask.data;
+  // ds for the bias and dz for the products are one place where they are the same, and one number is an element.
+  bool keeps_ds_apart() const { return scores_.capped() && p_.grad_mask.data; }
+
+  void row_pair_gradients(const Head& head, const Block& t, int64_t i, int64_t at) const {
+    const bool keep_ds = A::kPack > 1 ? p_.grad_mask.data != nullptr : keeps_ds_apart();
+    const Real factor = scores_.factor();
     for (int64_t j = at; j < at + kPanelKeys; j += kLanes * A::kPack) {
-      RealVec p[2][A::kPack], ds[2][A::kPack];
+      RealVec p[2][A::kPack], dz[2][A::kPack];
 #pragma GCC unroll 2
       for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 2
         for (int c = 0; c < A::kPack; ++c) {
           const int64_t where = j + r * kPanelKeys + c * kLanes;
           p[r][c] = vexp2(Reals::load(t.scores + where) * factor - head.lse2[i + r]);
-          ds[r][c] = p[r][c] * (Reals::load(t.grad_probs + where) - head.delta[i + r]);
-          if (A::kPack == 1) Reals::store(t.scores + where, p[r][c]);
-          if (keep_ds) Reals::store(t.grad_probs + where, ds[r][c]);
+          RealVec grad_prob = Reals::load(t.grad_probs + where);
+          if (dropout_.active()) grad_prob *= Reals::load(t.kept + where);
+          const RealVec ds = p[r][c] * (grad_prob - head.delta[i + r]);
+          if (keep_ds) Reals::store(t.grad_probs + where, ds);
+          dz[r][c] = scores_.capped() ? ds * Reals::load(t.derivative + where) : ds;
+          if (dropout_.active()) p[r][c] *= Reals::load(t.kept + where);
+          if constexpr (A::kPack == 1) {
+            Reals::store(t.probs + where, p[r][c]);
+            Reals::store(t.grad_scores + where, dz[r][c]);
+          }
         }
       if constexpr (A::kPack > 1) {
         typedef Simd<Elem> Elems;
@@ -323,10 +336,10 @@ class Backward {
 #pragma GCC unroll 2
         for (int c = 0; c < A::kPack; ++c) {
           Elems::store(t.probs + pair + c * kLanes, A::interleave(p[0][c], p[1][c]));
-          Elems::store(t.grad_scores_turned + pair + c * kLanes, A::interleave(ds[0][c], ds[1][c]));
+          Elems::store(t.grad_scores_turned + pair + c * kLanes, A::interleave(dz[0][c], dz[1][c]));
         }
-        Elems::store(t.grad_scores + row, A::narrow(ds[0][0], ds[0][1]));
-        Elems::store(t.grad_scores + row + kPanelKeys / 2, A::narrow(ds[1][0], ds[1][1]));
+        Elems::store(t.grad_scores + row, A::narrow(dz[0][0], dz[0][1]));
+        Elems::store(t.grad_scores + row + kPanelKeys / 2, A::narrow(dz[1][0], dz[1][1]));
       }
     }
   }
@@ -363,17 +376,28 @@ class Backward {
     for (int64_t i = seeing.begin; i < seeing.end; ++i) {
       const Real* ds = t.grad_probs + (i - first_row) * kPanelKeys;
       const Range keys = intersect(interval.keys(i), panel);
-      Real* to = &at(p_.grad_mask, b, h, i);
+      Real* to = &at<Real>(p_.grad_mask, b, h, i);
       for (int64_t j = keys.begin; j < keys.end; ++j) to[j * p_.grad_mask.stride[3]] += ds[j - panel.begin];
     }
   }
 
-  // A bias that is the same for all keys of a row changes nothing but the row's lse, one for one.
-  void add_row_bias_gradient(int64_t b, int64_t h) const {
+  // What a row's softmax as a whole has: the sink, which takes the share 2^(sink - lse) and no value, so that its
+  // gradient is -share delta; and a bias that is the same for all keys, which moves the lse, but for the sink's share.
+  void add_row_gradients(int64_t b, int64_t h, const Head& head) const {
+    if (!row_bias_ && !p_.grad_sinks.data) return;
     const Interval interval(p_, b);
-    if (!p_.grad_lse.data) return;
-    for (int64_t i = 0; i < p_.seqlen_q; ++i)
-      if (is_live(interval, b, h, i)) at(p_.grad_mask, b, h, i) += at(p_.grad_lse, b, h, i);
+    Real sum = 0;
+    for (int64_t i = 0; i < p_.seqlen_q; ++i) {
+      const Real lse = at<Real>(p_.lse, b, h, i);
+      if (lse == -infinity<Real>()) continue;
+      Real share = 0;
+      if (p_.sinks.data) share = Real(__builtin_exp2((double(at<Real>(p_.sinks, 0, h)) - double(lse)) * kLog2E));
+      sum += share * head.delta[i];
+      if (row_bias_ && is_live(interval, b, h, i))
+        at<Real>(p_.grad_mask, b, h, i) +=
+            (p_.grad_lse.data ? at<Real>(p_.grad_lse, b, h, i) : Real(0)) + share * head.delta[i];
+    }
+    if (p_.grad_sinks.data) at<Real>(p_.grad_sinks, 0, h) -= sum;
   }
 
   void write_query(const Head& head, int64_t b, int64_t h, int64_t tile) const {
@@ -388,7 +412,9 @@ class Backward {
   const int64_t rows_, tiles_, blocks_, group_;
   const int threads_;
   const bool negative_, row_bias_;
-  const Real scale_, magnitude_, scale2_;
+  const Real scale_, magnitude_;
+  const Scores<Real> scores_;
+  const Dropout dropout_;
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

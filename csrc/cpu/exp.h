@@ -1,6 +1,7 @@
 // 2^x for vectors. x = floor(x) + r with r in [0, 1]; 2^r is a polynomial with p(0) = 1 exactly, fitted for the least
 // relative error (float: degree 5, 8e-8; double: degree 11, 4e-16), and the integer part goes into the exponent.
-// 2^-inf is exactly 0 (that is how masked keys vanish), NaN stays NaN, results below the normal range may flush to 0.
+// 2^-inf is exactly 0 (that is how masked keys vanish), NaN stays NaN, and below kExp2Low it is 0 too: beside a weight of
+// about 1 so little adds nothing, and products with it would soon be subnormal numbers, which are slow (ALiBi: 6 x).
 // x must be below 127 (1023 for double): here it is a score minus the row's maximum or lse.
 #pragma once
 
@@ -8,6 +9,8 @@
 
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
+
+constexpr int kExp2Low = -100;
 
 template <class T>
 struct Exp2Constants;
@@ -18,7 +21,6 @@ struct Exp2Constants<float> {
   static constexpr int kDegree = 5, kMantissaBits = 23;
   // 1.5 * 2^23 plus the exponent's bias: adding it rounds to an integer, whose low bits then are the exponent field.
   static constexpr float kRound = 12582912.0f + 127.0f;
-  static constexpr float kLow = -126.0f;
   static constexpr float kCoefficients[kDegree + 1] = {1.0f,           0.693151312f,    0.240164450f,
                                                        0.0557999139f, 0.00901702925f, 0.00186713057f};
 };
@@ -28,7 +30,6 @@ struct Exp2Constants<double> {
   typedef int64_t Int;
   static constexpr int kDegree = 11, kMantissaBits = 52;
   static constexpr double kRound = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 plus the bias
-  static constexpr double kLow = -1022.0;
   static constexpr double kCoefficients[kDegree + 1] = {
       1.0,
       0.69314718055994473,
@@ -57,12 +58,15 @@ inline typename Simd<T>::Vec exp2_fraction(typename Simd<T>::Vec r) {
 
 inline Simd<float>::Vec vexp2(Simd<float>::Vec x) {
   const __m512 r = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  return (Simd<float>::Vec)_mm512_scalef_ps((__m512)exp2_fraction<float>((Simd<float>::Vec)r), (__m512)x);
+  const __mmask16 large = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kExp2Low), _CMP_NLT_UQ);
+  return (Simd<float>::Vec)_mm512_maskz_scalef_ps(large, (__m512)exp2_fraction<float>((Simd<float>::Vec)r), (__m512)x);
 }
 
 inline Simd<double>::Vec vexp2(Simd<double>::Vec x) {
   const __m512d r = _mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  return (Simd<double>::Vec)_mm512_scalef_pd((__m512d)exp2_fraction<double>((Simd<double>::Vec)r), (__m512d)x);
+  const __mmask8 large = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(kExp2Low), _CMP_NLT_UQ);
+  return (Simd<double>::Vec)_mm512_maskz_scalef_pd(large, (__m512d)exp2_fraction<double>((Simd<double>::Vec)r),
+                                                   (__m512d)x);
 }
 
 #else
@@ -72,12 +76,12 @@ inline V vexp2(V x) {
   typedef __typeof__(x[0] + x[0]) T;
   typedef Exp2Constants<T> C;
   typedef typename Simd<typename C::Int>::Vec IntVec;
-  const V clamped = vmax(Simd<T>::broadcast(C::kLow), x);
+  const V clamped = vmax(Simd<T>::broadcast(kExp2Low), x);
   const V shifted = clamped - T(0.5) + C::kRound;
   const V r = clamped - (shifted - C::kRound);
   const V power = (V)((IntVec)shifted << C::kMantissaBits);
   const V y = exp2_fraction<T>(r) * power;
-  return x < C::kLow ? V{} : y;
+  return x < T(kExp2Low) ? V{} : y;
 }
 
 #endif

@@ -1,4 +1,4 @@
-// Forward of dense attention: out = softmax(scale * q k^T + bias) v, one pass over the keys with a running softmax.
+// Forward of dense attention: out = softmax(scores) v, one pass over the keys with a running softmax. For plain scores:
 //
 // K is packed once per kv head into transposed panels of 64 keys and V into a row panel, for all query heads of its
 // group. A tile of query rows then walks the blocks of keys that its rows see:
@@ -6,14 +6,14 @@
 //   m' = max(m, rowmax(s)),  p = 2^(c (s - m'))        c = |scale| log2(e), the sign is in q
 //   l' = l 2^(c (m - m')) + rowsum(p),  o' = o 2^(c (m - m')) + p v
 // six rows at a time, so that s and p of one group stay in the first-level cache. At the end out = o / l and
-// lse = (c m + log2 l) ln 2. Panels that a group of six rows does not see are skipped; a row's own limits are written
+// lse = (c m + log2 l) ln 2; a sink is one more term of l. Dropout takes its keys out of p after l has counted them. Panels that a group of six rows does not see are skipped; a row's own limits are written
 // over its scores as -inf. A row that saw nothing has l = 0: its output is 0, its lse -inf.
 // Blocks of keys start at multiples of their size for every row, so a row's result does not depend on its tile.
 #pragma once
 
 #include "gemm.h"
-#include "mask.h"
 #include "pack.h"
+#include "scores.h"
 #include "work.h"
 
 namespace fastattn {
@@ -48,6 +48,7 @@ class Forward {
     Real* scores; // [kTileRows][kBlock]
     Elem* probs;  // the same place when an element is one number
     Real* bias;   // [kBlock]
+    uint32_t* words;  // [kBlock], dropout's
     Real* row_max;  // [kTile]
     Real* row_sum;  // [kTile][kLanes], to be summed at the end
 
@@ -55,7 +56,7 @@ class Forward {
         : query(carver.take<Elem>(kTile * round_up(f.steps_qk_, kLanes))), out(carver.take<Real>(kTile * f.columns_v_)),
           scores(carver.take<Real>(kTileRows * kBlock)),
           probs(A::kPack == 1 ? reinterpret_cast<Elem*>(scores) : carver.take<Elem>(kTileRows * kBlock / A::kPack)),
-          bias(carver.take<Real>(kBlock)), row_max(carver.take<Real>(kTile)),
+          bias(carver.take<Real>(kBlock)), words(carver.take<uint32_t>(kBlock)), row_max(carver.take<Real>(kTile)),
           row_sum(carver.take<Real>(kTile * kLanes)) {}
   };
 
@@ -64,7 +65,7 @@ class Forward {
       : p_(p), steps_qk_(div_up(p.head_dim, A::kPack)), columns_v_(round_up(p.head_dim_v, kLanes)),
         panels_(div_up(p.seqlen_k, kPanelKeys)), group_(group_size(p)), threads_(useful_threads(p)),
         tile_(tile_size(p, threads_)), tiles_(div_up(p.seqlen_q, tile_)), negative_(p.scale < 0),
-        scale2_(log2_scale<Real>(p.scale)) {}
+        scores_(p), dropout_(p) {}
 
   int64_t scratch_bytes() const { return layout().bytes(); }
 
@@ -152,21 +153,22 @@ class Forward {
                                               keys + (first + j) * steps_qk_, kPanelKeys, t.scores + j, kBlock);
     for (int64_t i = group.begin; i < group.end; ++i) {
       Real* scores = t.scores + (i - group.begin) * kBlock;
-      if (p_.attn_mask.data) {
-        const int64_t present = min64(width, p_.seqlen_k - first);
-        read_bias(t.bias, p_, b, h, i, first, present);
-        add_bias(scores, t.bias, scale2_, present);
-      }
+      scores_.shape(scores, t.bias, nullptr, b, h, i, interval.position(i), first, width);
       hide_outside(scores, first, width, interval.keys(i));
     }
-    soften(t, r, width, factor());
+    if (dropout_.active())
+      soften<true>(t, b, h, group.begin, r, first, width);
+    else
+      soften<false>(t, b, h, group.begin, r, first, width);
     row_product<A, kTileRows, false, true>(columns_v_, width / A::kPack, t.probs, kBlock / A::kPack,
                                            values + first / A::kPack * columns_v_, columns_v_, t.out + r * columns_v_,
                                            columns_v_);
   }
 
   // Scores of six rows to probabilities relative to their new running maxima; rescales what the rows have so far.
-  void soften(const Tile& t, int64_t r, int64_t width, Real factor) const {
+  template <bool kDropout>
+  void soften(const Tile& t, int64_t b, int64_t h, int64_t i, int64_t r, int64_t first, int64_t width) const {
+    const Real factor = scores_.factor();
     constexpr int chains = kPanelVectors < 4 ? kPanelVectors : 4;  // independent maxima and sums hide the latency
     Real block_max[kTileRows];
     for (int m = 0; m < kTileRows; ++m) {
@@ -189,12 +191,14 @@ class Forward {
       // Subtracted before the factor is applied: the largest score has p = 1 exactly.
       const Real shift = new_max == -infinity<Real>() ? Real(0) : new_max;  // nothing seen yet: 2^(-inf - 0) = 0
       RealVec sum[chains] = {};
+      if constexpr (kDropout) dropout_.draw(t.words, b, h, i + m, first, width);
       for (int64_t j = 0; j < width; j += chains * kLanes) {
         RealVec p[chains];
 #pragma GCC unroll 4
         for (int c = 0; c < chains; ++c) {
           p[c] = vexp2((Reals::load(scores + j + c * kLanes) - shift) * factor);
           sum[c] += p[c];
+          if constexpr (kDropout) p[c] = dropout_.template keep<Real>(p[c], t.words + j + c * kLanes);
         }
         store_probabilities(probs + j / A::kPack, p);
       }
@@ -226,30 +230,32 @@ class Forward {
   }
 
   void finish(const Tile& t, int64_t b, int64_t h, Range rows) const {
-    Real* lse = static_cast<Real*>(p_.lse.data);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const int64_t r = i - rows.begin;
       const Real sum = horizontal_sum<Real>(Reals::load(t.row_sum + r * kLanes));
-      const bool empty = t.row_max[r] == -infinity<Real>() && sum == 0;
+      const double highest = double(t.row_max[r]) * scores_.factor();
+      double total = double(sum), shrink = 1, peak = highest;
+      if (p_.sinks.data) {
+        const double sink = double(at<Real>(p_.sinks, 0, h)) * kLog2E;
+        peak = sink > highest ? sink : highest;
+        shrink = peak > -infinity<double>() ? __builtin_exp2(highest - peak) : 0;
+        total = total * shrink + (peak > -infinity<double>() ? __builtin_exp2(sink - peak) : 0);
+      }
+      const bool empty = peak == -infinity<double>() && total == 0;
       write_row(mutable_element(p_.out, p_.dtype, b, h, i), p_.dtype, t.out + r * columns_v_,
-                empty ? Real(0) : Real(1) / sum, p_.head_dim_v);
-      if (lse)
-        lse[b * p_.lse.stride[0] + h * p_.lse.stride[1] + i * p_.lse.stride[2]] =
-            empty ? -infinity<Real>() : Real((double(t.row_max[r]) * factor() + double(log2(sum))) * kLn2);
+                empty ? Real(0) : Real(shrink * dropout_.scale() / total), p_.head_dim_v);
+      if (p_.lse.data)
+        at<Real>(p_.lse, b, h, i) = empty ? -infinity<Real>() : Real((peak + __builtin_log2(total)) * kLn2);
     }
   }
-
-  // From scores to units of log2; with a bias they have been brought there already.
-  Real factor() const { return p_.attn_mask.data ? Real(1) : scale2_; }
-  static float log2(float x) { return __builtin_log2f(x); }
-  static double log2(double x) { return __builtin_log2(x); }
 
   const DenseParams& p_;
   const int64_t steps_qk_, columns_v_, panels_, group_;
   const int threads_;
   const int64_t tile_, tiles_;
   const bool negative_;
-  const Real scale2_;
+  const Scores<Real> scores_;
+  const Dropout dropout_;
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

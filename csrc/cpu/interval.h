@@ -23,10 +23,14 @@ class Interval {
     if (p.key_start) keys_.begin = max64(keys_.begin, p.key_start[b]);
     if (p.key_lengths) keys_.end = min64(keys_.end, p.key_lengths[b]);
     const int64_t offset = clamp(p.query_offset) + (p.query_start ? p.query_start[b] : 0);
+    offset_ = offset;
     lo_ = offset - clamp(p.window_left);
     hi_ = offset + clamp(p.window_right) + 1;
     if (lo_ >= hi_) keys_.end = keys_.begin;
   }
+
+  // The key position that row i stands at.
+  int64_t position(int64_t i) const { return i + offset_; }
 
   // The keys that row i sees; {0, 0} if none.
   Range keys(int64_t i) const { return keys(Range{i, i + 1}); }
@@ -56,7 +60,7 @@ class Interval {
   }
 
   Range rows_, keys_;
-  int64_t lo_, hi_;
+  int64_t offset_, lo_, hi_;
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

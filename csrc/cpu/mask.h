@@ -1,4 +1,4 @@
-// The mask or bias of one row, whatever its dtype and strides, as numbers in units of log2: -inf hides the key.
+// The mask or bias of one row, whatever its dtype and strides, as numbers: -inf hides the key.
 #pragma once
 
 #include "interval.h"
@@ -10,16 +10,6 @@ namespace FASTATTN_ISA_NAMESPACE {
 template <class Real>
 inline Real infinity() {
   return Real(__builtin_inf());
-}
-
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
-// From q k^T to units of log2, without the sign, which goes into the packed queries. A scale of 0 must not turn a
-// hidden key's -inf into NaN: the smallest normal number gives the same weights.
-template <class Real>
-inline Real log2_scale(double scale) {
-  const Real magnitude = Real((scale < 0 ? -scale : scale) * kLog2E), smallest = Real(1.17549435e-38);
-  return magnitude > smallest ? magnitude : smallest;
 }
 
 template <class Real>
@@ -35,14 +25,6 @@ inline void read_bias(Real* to, const DenseParams& p, int64_t b, int64_t h, int6
     read_row(to, row + first * size, p.mask_dtype, count);
   else
     for (int64_t j = 0; j < count; ++j) read_row(to + j, row + (first + j) * stride * size, p.mask_dtype, 1);
-  for (int64_t j = 0; j < count; ++j) to[j] *= Real(kLog2E);
-}
-
-// Scores become scale2 * score + bias, a hidden key's -inf whatever its score was.
-template <class Real>
-inline void add_bias(Real* scores, const Real* bias, Real scale2, int64_t count) {
-  for (int64_t j = 0; j < count; ++j)
-    scores[j] = bias[j] == -infinity<Real>() ? -infinity<Real>() : scores[j] * scale2 + bias[j];
 }
 
 // Hides the keys outside `keep`; scores[0] is key `first`.

@@ -37,6 +37,10 @@ CAPABILITY = Capability(
             "lse_grad",
             "gqa",
             "value_dim",
+            "softcap",
+            "alibi",
+            "sinks",
+            "dropout",
             "deterministic",
         }
     ),
@@ -57,6 +61,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _lse_view(lse_BHS: Tensor) -> _Strided:
     return (lse_BHS.data_ptr(), *lse_BHS.stride(), 0)
+
+
+def _per_head(tensor: Tensor) -> _Strided:
+    return (tensor.data_ptr(), 0, tensor.stride(0), 0, 0)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -83,6 +91,14 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
     if p.window_right is not None:
         params.window_right = p.window_right
     params.scale = p.scale
+    if p.softcap is not None:
+        params.softcap = p.softcap
+    if p.alibi_slopes is not None:
+        params.alibi_slopes = (*_view(p.alibi_slopes), 0, 0)
+    if p.sinks is not None:
+        params.sinks = _per_head(p.sinks)
+    if p.rng is not None:
+        params.dropout_p, params.rng, params.first_sequence = p.dropout_p, p.rng.data_ptr(), p.first_sequence
     params.threads = torch.get_num_threads()
     return params
 
@@ -126,6 +142,7 @@ def _backward_into(
     grad_lse: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
     grad_mask: Tensor | None,
+    grad_sinks: Tensor,
 ) -> None:
     native = _extension.native()
     query, key, value = _rows(p.query), _rows(p.key), _rows(p.value)
@@ -137,6 +154,8 @@ def _backward_into(
     params.grad_query, params.grad_key, params.grad_value = (_view(g) for g in grads)
     if grad_mask is not None:
         params.grad_mask = _broadcast_view(grad_mask, p)
+    if p.sinks is not None:
+        params.grad_sinks = _per_head(grad_sinks)
     _launch(native.cpu_dense_backward, native.cpu_dense_backward_scratch, params)
 
 
@@ -160,13 +179,14 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Launch the backward: gradients as `allocate_backward` lists them."""
     results = allocate_backward(p, mask_grad)
-    grad_query, grad_key, grad_value, grad_mask, _ = results
+    grad_query, grad_key, grad_value, grad_mask, grad_sinks = results
+    grad_sinks.zero_()
     # Broadcast and low-precision biases are summed in the accumulation dtype.
     mask_sum = (
         torch.zeros(p.attn_mask.shape, dtype=p.accumulate_dtype) if mask_grad and p.attn_mask is not None else None
     )
     if p.cu_seqlens_q is None:
-        _backward_into(p, out, lse, grad_out, grad_lse, (grad_query, grad_key, grad_value), mask_sum)
+        _backward_into(p, out, lse, grad_out, grad_lse, (grad_query, grad_key, grad_value), mask_sum, grad_sinks)
     else:
         end_q = end_k = 0
         for b, (rows, keys, sequence) in enumerate(p.sequences()):
@@ -179,6 +199,7 @@ def backward(
                 None if grad_lse is None else grad_lse[:, :, rows],
                 (grad_query[:, :, rows], grad_key[:, :, keys], grad_value[:, :, keys]),
                 p.mask_of_sequence(mask_sum, b, seqlen_q, seqlen_k),
+                grad_sinks,
             )
             end_q, end_k = rows.stop, keys.stop
         grad_query[:, :, end_q:] = 0
