@@ -74,6 +74,7 @@ void check(const DenseParams& p) {
   require(p.softcap >= 0 && p.softcap - p.softcap == 0, "softcap must be finite and not negative");
   require(p.dropout_p >= 0 && p.dropout_p <= 1, "dropout_p must be between 0 and 1");
   require(p.dropout_p == 0 || p.rng, "dropout needs rng");
+  require(!p.block_table || p.page_size >= 1, "pages need a page_size of at least 1");
   const int64_t queries = p.batch * p.heads_q * p.seqlen_q, keys = p.batch * p.heads_kv * p.seqlen_k;
   require(has(p.query, queries) && has(p.out, queries), "query and out must not be None");
   require(has(p.key, keys) && has(p.value, keys), "key and value must not be None");
@@ -87,6 +88,7 @@ void check_backward(const DenseParams& p) {
               has(p.grad_value, keys),
           "the backward needs lse, grad_out, grad_query, grad_key and grad_value");
   require(!p.grad_sinks.data || p.sinks.data, "grad_sinks needs sinks");
+  require(!p.block_table, "pages have no backward");
   require(!p.grad_mask.data || (p.attn_mask.data && p.mask_dtype != Dtype::kBool),
           "grad_mask needs a floating-point attn_mask");
 }
@@ -147,6 +149,8 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("window_left", &DenseParams::window_left)
       .def_readwrite("window_right", &DenseParams::window_right)
       .def_readwrite("scale", &DenseParams::scale)
+      .def_readwrite("block_table_stride", &DenseParams::block_table_stride)
+      .def_readwrite("page_size", &DenseParams::page_size)
       .def_readwrite("softcap", &DenseParams::softcap)
       .def_readwrite("dropout_p", &DenseParams::dropout_p)
       .def_readwrite("first_sequence", &DenseParams::first_sequence)
@@ -172,6 +176,7 @@ PYBIND11_MODULE(_native, m) {
   def_array<int32_t, &DenseParams::query_start>(params, "query_start");
   def_array<int32_t, &DenseParams::key_start>(params, "key_start");
   def_array<int32_t, &DenseParams::key_lengths>(params, "key_lengths");
+  def_array<int32_t, &DenseParams::block_table>(params, "block_table");
   def_array<int64_t, &DenseParams::rng>(params, "rng");
 
   m.def(

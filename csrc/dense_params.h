@@ -35,11 +35,15 @@ struct DenseParams {
   const int32_t* query_start = nullptr;  // (B,)
   const int32_t* key_start = nullptr;    // (B,)
   const int32_t* key_lengths = nullptr;  // (B,)
+  // Pages: key and value are then (pages, Hkv, page_size, D), key j of sequence b is row j % page_size of page
+  // block_table[b, j / page_size], and seqlen_k is what a row of the table holds.
+  const int32_t* block_table = nullptr;
+  int64_t block_table_stride = 0, page_size = 0;
   int64_t query_offset = 0;
   int64_t window_left = kUnlimited, window_right = kUnlimited;
   double scale = 1.0;
-  double softcap = 0.0;          // 0: none
-  View alibi_slopes, sinks;      // (B, Hq) and (Hq,) as (1, Hq), in lse's dtype; row and column strides unused
+  double softcap = 0.0;  // 0: none
+  View alibi_slopes, sinks;  // (B, Hq) and (Hq,) as (1, Hq), in lse's dtype; row and column strides unused
   double dropout_p = 0.0;
   const int64_t* rng = nullptr;  // seed and offset; absent without dropout
   int64_t first_sequence = 0;    // added to b in dropout's counter

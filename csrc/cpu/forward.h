@@ -13,7 +13,7 @@
 
 #include "gemm.h"
 #include "pack.h"
-#include "scores.h"
+#include "softmax.h"
 #include "work.h"
 
 namespace fastattn {
@@ -28,7 +28,6 @@ class Forward {
   static constexpr int kLanes = Reals::kLanes;
   static constexpr int kTile = 192;   // most query rows that share one pass over the keys, while these are in L2
   static constexpr int kBlock = 512;  // keys between two updates of the running softmax: six rows of scores fit L1
-  static constexpr int kPanelVectors = kPanelKeys / kLanes;
 
   // What a wave keeps of one kv head.
   struct Head {
@@ -120,10 +119,10 @@ class Forward {
     const Range live = Interval(p_, b).all_keys();
     const Range block{panel * kPanelKeys, (panel + 1) * kPanelKeys};
     if (intersect(live, block).empty()) return;
-    pack_transposed<A>(head.keys + panel * kPanelKeys * steps_qk_, Rows(p_.key, p_.dtype, b, h, p_.head_dim), block.begin,
+    pack_transposed<A>(head.keys + panel * kPanelKeys * steps_qk_, key_rows(p_, p_.key, b, h, p_.head_dim), block.begin,
                        live, tile.query);
     pack_rows<A>(head.values + panel * (kPanelKeys / A::kPack) * columns_v_, columns_v_,
-                 Rows(p_.value, p_.dtype, b, h, p_.head_dim_v), block.begin, kPanelKeys, live);
+                 key_rows(p_, p_.value, b, h, p_.head_dim_v), block.begin, kPanelKeys, live);
   }
 
   void attend(const Tile& t, int64_t b, int64_t h, Range rows, const Elem* keys, const Elem* values) const {
@@ -165,87 +164,24 @@ class Forward {
                                            columns_v_);
   }
 
-  // Scores of six rows to probabilities relative to their new running maxima; rescales what the rows have so far.
+  // Scores of six rows to probabilities.
   template <bool kDropout>
   void soften(const Tile& t, int64_t b, int64_t h, int64_t i, int64_t r, int64_t first, int64_t width) const {
-    const Real factor = scores_.factor();
-    constexpr int chains = kPanelVectors < 4 ? kPanelVectors : 4;  // independent maxima and sums hide the latency
     Real block_max[kTileRows];
+    for (int m = 0; m < kTileRows; ++m) block_max[m] = row_maximum(t.scores + m * kBlock, width);
     for (int m = 0; m < kTileRows; ++m) {
-      const Real* scores = t.scores + m * kBlock;
-      RealVec best[chains];
-#pragma GCC unroll 4
-      for (int c = 0; c < chains; ++c) best[c] = Reals::load(scores + c * kLanes);
-      for (int64_t j = chains * kLanes; j < width; j += chains * kLanes)
-#pragma GCC unroll 4
-        for (int c = 0; c < chains; ++c) best[c] = vmax(best[c], Reals::load(scores + j + c * kLanes));
-#pragma GCC unroll 4
-      for (int c = 1; c < chains; ++c) best[0] = vmax(best[0], best[c]);
-      block_max[m] = horizontal_max<Real>(best[0]);
-    }
-    for (int m = 0; m < kTileRows; ++m) {
-      const Real* scores = t.scores + m * kBlock;
-      Elem* probs = t.probs + m * (kBlock / A::kPack);
-      Real& row_max = t.row_max[r + m];
-      const Real new_max = block_max[m] > row_max ? block_max[m] : row_max;
-      // Subtracted before the factor is applied: the largest score has p = 1 exactly.
-      const Real shift = new_max == -infinity<Real>() ? Real(0) : new_max;  // nothing seen yet: 2^(-inf - 0) = 0
-      RealVec sum[chains] = {};
       if constexpr (kDropout) dropout_.draw(t.words, b, h, i + m, first, width);
-      for (int64_t j = 0; j < width; j += chains * kLanes) {
-        RealVec p[chains];
-#pragma GCC unroll 4
-        for (int c = 0; c < chains; ++c) {
-          p[c] = vexp2((Reals::load(scores + j + c * kLanes) - shift) * factor);
-          sum[c] += p[c];
-          if constexpr (kDropout) p[c] = dropout_.template keep<Real>(p[c], t.words + j + c * kLanes);
-        }
-        store_probabilities(probs + j / A::kPack, p);
-      }
-#pragma GCC unroll 4
-      for (int c = 1; c < chains; ++c) sum[0] += sum[c];
-      Real* row_sum = t.row_sum + (r + m) * kLanes;
-      if (new_max != row_max) {
-        const RealVec correction = vexp2(Reals::broadcast((row_max - shift) * factor));
-        Real* out = t.out + (r + m) * columns_v_;
-        for (int64_t c = 0; c < columns_v_; c += kLanes) Reals::store(out + c, Reals::load(out + c) * correction);
-        sum[0] += Reals::load(row_sum) * correction;
-        row_max = new_max;
-      } else {
-        sum[0] += Reals::load(row_sum);
-      }
-      Reals::store(row_sum, sum[0]);
-    }
-  }
-
-  template <int kCount>
-  static void store_probabilities(Elem* to, const RealVec (&p)[kCount]) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kCount; c += A::kPack) {
-      if constexpr (A::kPack == 1)
-        Reals::store(to + c * kLanes, p[c]);
-      else
-        Simd<Elem>::store(to + c / 2 * kLanes, A::narrow(p[c], p[c + 1]));
+      add_weights<A, kDropout>(t.scores + m * kBlock, t.probs + m * (kBlock / A::kPack), width, block_max[m],
+                               scores_.factor(), t.row_max[r + m], t.row_sum + (r + m) * kLanes,
+                               t.out + (r + m) * columns_v_, columns_v_, dropout_, t.words);
     }
   }
 
   void finish(const Tile& t, int64_t b, int64_t h, Range rows) const {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const int64_t r = i - rows.begin;
-      const Real sum = horizontal_sum<Real>(Reals::load(t.row_sum + r * kLanes));
-      const double highest = double(t.row_max[r]) * scores_.factor();
-      double total = double(sum), shrink = 1, peak = highest;
-      if (p_.sinks.data) {
-        const double sink = double(at<Real>(p_.sinks, 0, h)) * kLog2E;
-        peak = sink > highest ? sink : highest;
-        shrink = peak > -infinity<double>() ? __builtin_exp2(highest - peak) : 0;
-        total = total * shrink + (peak > -infinity<double>() ? __builtin_exp2(sink - peak) : 0);
-      }
-      const bool empty = peak == -infinity<double>() && total == 0;
-      write_row(mutable_element(p_.out, p_.dtype, b, h, i), p_.dtype, t.out + r * columns_v_,
-                empty ? Real(0) : Real(shrink * dropout_.scale() / total), p_.head_dim_v);
-      if (p_.lse.data)
-        at<Real>(p_.lse, b, h, i) = empty ? -infinity<Real>() : Real((peak + __builtin_log2(total)) * kLn2);
+      finish_row(p_, scores_, dropout_, b, h, i, t.row_max[r],
+                 double(horizontal_sum<Real>(Reals::load(t.row_sum + r * kLanes))), t.out + r * columns_v_);
     }
   }
 

@@ -2,6 +2,7 @@
 #include "kernel.h"
 
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 
 namespace fastattn {
@@ -17,14 +18,23 @@ auto with_pass(const DenseParams& p, Use use) {
   return use(Pass<F32>(p));
 }
 
-template <template <class> class Pass>
-void run(const DenseParams& p) {
-  with_pass<Pass>(p, [](auto pass) { pass.run(); });
+// The same with the forward that suits the number of rows.
+template <class Use>
+auto with_forward(const DenseParams& p, Use use) {
+  return Decode<F32>::suits(p) ? with_pass<Decode>(p, use) : with_pass<Forward>(p, use);
 }
 
-template <template <class> class Pass>
-int64_t scratch_bytes(const DenseParams& p) {
-  return with_pass<Pass>(p, [](const auto& pass) { return pass.scratch_bytes(); });
+void forward(const DenseParams& p) {
+  with_forward(p, [](const auto& pass) { pass.run(); });
+}
+int64_t forward_scratch(const DenseParams& p) {
+  return with_forward(p, [](const auto& pass) { return pass.scratch_bytes(); });
+}
+void backward(const DenseParams& p) {
+  with_pass<Backward>(p, [](const auto& pass) { pass.run(); });
+}
+int64_t backward_scratch(const DenseParams& p) {
+  return with_pass<Backward>(p, [](const auto& pass) { return pass.scratch_bytes(); });
 }
 
 template <class A>
@@ -65,8 +75,8 @@ uint64_t read_memory(const void* memory, int64_t bytes) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_ISA_NAME,       run<Forward>,          run<Backward>,
-                         scratch_bytes<Forward>,  scratch_bytes<Backward>, multiply_add_steps_of,
+const Kernels kernels = {FASTATTN_ISA_NAME, forward,          backward,
+                         forward_scratch,   backward_scratch, multiply_add_steps_of,
                          read_memory};
 
 }  // namespace FASTATTN_ISA_NAMESPACE

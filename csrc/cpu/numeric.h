@@ -56,6 +56,40 @@ inline char* mutable_element(const View& view, Dtype dtype, int64_t b, int64_t h
   return const_cast<char*>(element(view, dtype, b, h, row));
 }
 
+// A vector of Real from as many contiguous elements of kDtype.
+template <class Real, Dtype kDtype>
+inline typename Simd<Real>::Vec load_vector(const char* from) {
+  typedef Simd<Real> Reals;
+  if constexpr (kDtype == Dtype::kBFloat16) {
+#if defined(__AVX512F__)  // GCC makes three shuffles of __builtin_convertvector
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    uint16_t half __attribute__((vector_size(2 * Reals::kLanes)));
+    __builtin_memcpy(&half, from, sizeof half);
+    const Simd<uint32_t>::Vec wide = __builtin_convertvector(half, Simd<uint32_t>::Vec);
+#endif
+    return (typename Reals::Vec)((Simd<uint32_t>::Vec)wide << 16);
+  } else if constexpr (kDtype == Dtype::kFloat16) {
+#if defined(__AVX512F__)
+    return (typename Reals::Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+    return (typename Reals::Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    typename Reals::Vec v;
+    for (int i = 0; i < Reals::kLanes; ++i) {
+      uint16_t half;
+      __builtin_memcpy(&half, from + 2 * i, 2);
+      v[i] = float16_to_float(half);
+    }
+    return v;
+#endif
+  } else {
+    return Reals::load(reinterpret_cast<const Real*>(from));
+  }
+}
+
 // n contiguous elements of any floating dtype, read as Real.
 template <class Real>
 inline void read_row(Real* to, const void* from, Dtype dtype, int64_t n) {

@@ -21,12 +21,27 @@ struct Rows {
   int64_t stride;  // bytes
   Dtype dtype;
   int64_t columns;
+  const int32_t* pages = nullptr;  // with pages: theirs in order, rows a page, and bytes from one to the next
+  int64_t page_size = 1, page_stride = 0;
 
   Rows(const View& view, Dtype dtype_, int64_t b, int64_t h, int64_t columns_)
       : data(element(view, dtype_, b, h, 0)), stride(view.stride[2] * element_size(dtype_)), dtype(dtype_),
         columns(columns_) {}
-  const char* operator[](int64_t i) const { return data + i * stride; }
+  const char* operator[](int64_t i) const {
+    return pages ? data + pages[i / page_size] * page_stride + i % page_size * stride : data + i * stride;
+  }
 };
+
+// The rows of key or value, which may lie in pages.
+inline Rows key_rows(const DenseParams& p, const View& view, int64_t b, int64_t h, int64_t columns) {
+  Rows rows(view, p.dtype, p.block_table ? 0 : b, h, columns);
+  if (p.block_table) {
+    rows.pages = p.block_table + b * p.block_table_stride;
+    rows.page_size = p.page_size;
+    rows.page_stride = view.stride[0] * element_size(p.dtype);
+  }
+  return rows;
+}
 
 // Rows [first, first + count) to `to`, ld elements apart, the padding zeroed; negative flips the sign.
 template <class A>

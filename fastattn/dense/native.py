@@ -31,6 +31,7 @@ CAPABILITY = Capability(
             "key_start",
             "key_lengths",
             "packed",
+            "paged",
             "bool_mask",
             "float_bias",
             "bias_grad",
@@ -74,7 +75,8 @@ def _address(tensor: Tensor | None) -> int:
 def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: Tensor) -> Any:
     params = native.DenseParams()
     params.batch, params.heads_q, params.seqlen_q, params.head_dim = query.shape
-    params.heads_kv, params.seqlen_k, params.head_dim_v = value.shape[1:]
+    params.heads_kv, rows, params.head_dim_v = value.shape[1:]
+    params.seqlen_k = p.seqlen_k
     dtypes = _dtypes(native)
     params.dtype = dtypes[query.dtype]
     params.query, params.key, params.value = _view(query), _view(key), _view(value)
@@ -85,6 +87,9 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
     params.query_start = _address(p.query_start)
     params.key_start = _address(p.key_start)
     params.key_lengths = _address(p.key_lengths)
+    if p.block_table is not None:
+        params.block_table, params.block_table_stride = p.block_table.data_ptr(), p.block_table.stride(0)
+        params.page_size = rows
     params.query_offset = p.offset
     if p.window_left is not None:
         params.window_left = p.window_left
@@ -104,7 +109,7 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
 
 
 def _broadcast_view(mask: Tensor, p: Problem) -> _Strided:
-    return _view(mask.expand(p.query.shape[0], p.query.shape[1], p.query.shape[2], p.key.shape[2]))
+    return _view(mask.expand(p.query.shape[0], p.query.shape[1], p.query.shape[2], p.seqlen_k))
 
 
 @cache

@@ -34,15 +34,15 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def problem(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+def problem(dtype: torch.dtype = torch.float32, seed: int = 0, lengths: tuple[int, int] = (70, 90)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((2, 2, 70, 32), (2, 1, 90, 32), (2, 1, 90, 32))
+    shapes = ((2, 2, lengths[0], 32), *[(2, 1, lengths[1], 32)] * 2)
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
 def run(leaves: list[Tensor], backend: str, **options) -> list[Tensor]:
     """Output, LSE and the gradients of their sum; a bias of batch size 1, whose gradient several threads add to."""
-    bias = torch.linspace(-1, 1, 90, dtype=leaves[0].dtype).requires_grad_()
+    bias = torch.linspace(-1, 1, leaves[1].shape[2], dtype=leaves[0].dtype).requires_grad_()
     out, lse = fastattn.attention(*leaves, attn_mask=bias, causal=True, return_lse=True, backend=backend, **options)
     grads = torch.autograd.grad([out.sin().sum() + lse.sum()], [*leaves, bias])
     return [out.detach(), lse.detach(), *grads]
@@ -74,14 +74,15 @@ def test_deterministic_repeats(backend: str, dtype: torch.dtype, how: str, two_t
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native extension")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_number_of_threads_does_not_change_the_bits(dtype: torch.dtype, cpu_isa: str) -> None:
-    """Deterministic cpu kernels give one result on 1, 2 and 3 threads, on each instruction set."""
+@pytest.mark.parametrize("lengths", [(70, 90), (3, 5000)], ids=str)
+def test_number_of_threads_does_not_change_the_bits(lengths: tuple[int, int], dtype: torch.dtype, cpu_isa: str) -> None:
+    """Deterministic cpu kernels give one result on 1, 2 and 3 threads, on each instruction set, decoding too."""
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(run(problem(dtype), "cpu", deterministic=True))
+            results.append(run(problem(dtype, lengths=lengths), "cpu", deterministic=True))
     finally:
         torch.set_num_threads(before)
     assert all(same_bits(result, results[0]) for result in results)
