@@ -15,7 +15,8 @@ using namespace fastattn;
 
 namespace {
 
-// A View is set from (data_ptr, stride0, stride1, stride2, stride3) or None, and reads back the same.
+// A View is set from (data_ptr, stride0, stride1, stride2, stride3, address of first_row or 0) or None, and reads back the
+// same.
 template <View DenseParams::*field>
 void def_view(py::class_<DenseParams>& cls, const char* name) {
   cls.def_property(
@@ -23,16 +24,18 @@ void def_view(py::class_<DenseParams>& cls, const char* name) {
       [](const DenseParams& p) -> py::object {
         const View& v = p.*field;
         if (!v.data) return py::none();
-        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), v.stride[0], v.stride[1], v.stride[2], v.stride[3]);
+        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), v.stride[0], v.stride[1], v.stride[2], v.stride[3],
+                              reinterpret_cast<uintptr_t>(v.first_row));
       },
       [name](DenseParams& p, const py::object& value) {
         View v;
         if (!value.is_none()) {
           const py::tuple parts = py::reinterpret_borrow<py::tuple>(value);
-          if (!PyTuple_Check(value.ptr()) || parts.size() != 5)
-            throw py::value_error(std::string(name) + ": expected None or a tuple (data_ptr, four strides)");
+          if (!PyTuple_Check(value.ptr()) || parts.size() != 6)
+            throw py::value_error(std::string(name) + ": expected None or a tuple (data_ptr, four strides, first_row)");
           v.data = reinterpret_cast<void*>(parts[0].cast<uintptr_t>());
           for (size_t i = 0; i < 4; ++i) v.stride[i] = parts[i + 1].cast<int64_t>();
+          v.first_row = reinterpret_cast<const int32_t*>(parts[5].cast<uintptr_t>());
         }
         p.*field = v;
       });
@@ -153,7 +156,7 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("page_size", &DenseParams::page_size)
       .def_readwrite("softcap", &DenseParams::softcap)
       .def_readwrite("dropout_p", &DenseParams::dropout_p)
-      .def_readwrite("first_sequence", &DenseParams::first_sequence)
+      .def_readwrite("align_ends", &DenseParams::align_ends)
       .def_readwrite("threads", &DenseParams::threads)
       .def_property(
           "scratch", [](const DenseParams& p) { return reinterpret_cast<uintptr_t>(p.scratch); },

@@ -11,10 +11,22 @@ namespace fastattn {
 enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64, kBool };
 
 // A strided view of (batch, head, row, column). Strides count elements; 0 broadcasts. A null pointer means "absent".
+// With first_row, sequences are packed: those of batch index b are the rows from first_row[b] up to first_row[b + 1].
 struct View {
   void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
+  const int32_t* first_row = nullptr;
 };
+
+// Rows of a sequence; `longest` is their number where sequences are not packed.
+inline int64_t rows_of(const View& view, int64_t b, int64_t longest) {
+  return view.first_row ? view.first_row[b + 1] - view.first_row[b] : longest;
+}
+
+// Where row `row` of a sequence is, in elements.
+inline int64_t row_offset(const View& view, int64_t b, int64_t h, int64_t row) {
+  return b * view.stride[0] + h * view.stride[1] + (view.first_row ? row + view.first_row[b] : row) * view.stride[2];
+}
 
 // Shapes: query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), out (B, Hq, Sq, Dv),
 // lse (B, Hq, Sq) as a view whose column stride is unused. Every tensor has a unit column stride but attn_mask.
@@ -40,13 +52,13 @@ struct DenseParams {
   const int32_t* block_table = nullptr;
   int64_t block_table_stride = 0, page_size = 0;
   int64_t query_offset = 0;
+  bool align_ends = false;  // add, for each sequence, its keys less its queries to query_offset
   int64_t window_left = kUnlimited, window_right = kUnlimited;
   double scale = 1.0;
   double softcap = 0.0;  // 0: none
   View alibi_slopes, sinks;  // (B, Hq) and (Hq,) as (1, Hq), in lse's dtype; row and column strides unused
   double dropout_p = 0.0;
   const int64_t* rng = nullptr;  // seed and offset; absent without dropout
-  int64_t first_sequence = 0;    // added to b in dropout's counter
 
   View out, lse;  // written by the forward, read by the backward
 

@@ -160,7 +160,9 @@ class Backward {
     return Layout::of<Head, Block>(*this, p_.batch * p_.heads_kv, threads_, shared_bias);
   }
 
-  Range tile_rows(int64_t tile) const { return {tile * kTile, min64((tile + 1) * kTile, p_.seqlen_q)}; }
+  static Range tile_rows(const Interval& interval, int64_t tile) {
+    return intersect(interval.rows(), {tile * kTile, (tile + 1) * kTile});
+  }
 
   // Rows that see no key, or whose lse says that a bias hid all of them, take no part in anything.
   bool is_live(const Interval& interval, int64_t b, int64_t h, int64_t i) const {
@@ -169,7 +171,7 @@ class Backward {
 
   void pack_tile(const Head& head, const Block& t, int64_t b, int64_t h, int64_t tile) const {
     const Interval interval(p_, b);
-    const Range rows = tile_rows(tile);
+    const Range rows = tile_rows(interval, tile);
     const Rows query(p_.query, p_.dtype, b, h, p_.head_dim);
     const Rows grad_out(p_.grad_out, p_.dtype, b, h, p_.head_dim_v);
     row_deltas(head, t, b, h, rows);
@@ -225,7 +227,7 @@ class Backward {
 
   void key_block(const Head& head, const Block& t, int64_t b, int64_t h, int64_t member, int64_t block) const {
     const Interval interval(p_, b);
-    const Range keys{block * kBlock, min64((block + 1) * kBlock, p_.seqlen_k)};
+    const Range keys{block * kBlock, min64((block + 1) * kBlock, rows_of(p_.key, b, p_.seqlen_k))};
     const Range rows = interval.rows(keys);
     const int64_t query_head = h * group_ + member;
 
@@ -243,7 +245,7 @@ class Backward {
         bool our_turn = false;
         for (int64_t n = 0; n < kBlock; n += kPanelKeys) {
           const Range panel{keys.begin + n, min64(keys.begin + n + kPanelKeys, keys.end)};
-          const Range seeing = intersect(interval.rows(panel), tile_rows(tile));
+          const Range seeing = intersect(interval.rows(panel), tile_rows(interval, tile));
           if (panel.empty() || seeing.empty()) continue;
           const Range groups{seeing.begin / kTileRows * kTileRows, round_up(seeing.end, kTileRows)};
           panel_scores(head, t, interval, b, query_head, groups, panel, n);
@@ -283,7 +285,7 @@ class Backward {
     row_groups(groups, head.grad_out, value_ld_, steps_v_, t.value_turned + n * steps_v_, t.grad_probs);
     for (int64_t i = groups.begin; i < groups.end; ++i) {
       const int64_t at = (i - groups.begin) * kPanelKeys;
-      const int64_t row = min64(i, p_.seqlen_q - 1);  // past the last one anything finite will do: there p is 0
+      const int64_t row = min64(i, interval.rows().end - 1);  // past the last one anything finite will do: there p is 0
       scores_.shape(t.scores + at, t.bias, scores_.capped() ? t.derivative + at : nullptr, b, h, row,
                     interval.position(row), panel.begin, kPanelKeys);
       hide_outside(t.scores + at, panel.begin, kPanelKeys, interval.keys(row));
@@ -387,7 +389,7 @@ class Backward {
     if (!row_bias_ && !p_.grad_sinks.data) return;
     const Interval interval(p_, b);
     Real sum = 0;
-    for (int64_t i = 0; i < p_.seqlen_q; ++i) {
+    for (int64_t i = 0; i < interval.rows().end; ++i) {
       const Real lse = at<Real>(p_.lse, b, h, i);
       if (lse == -infinity<Real>()) continue;
       Real share = 0;
@@ -401,7 +403,7 @@ class Backward {
   }
 
   void write_query(const Head& head, int64_t b, int64_t h, int64_t tile) const {
-    const Range rows = tile_rows(tile);
+    const Range rows = tile_rows(Interval(p_, b), tile);
     for (int64_t i = rows.begin; i < rows.end; ++i)
       write_row(mutable_element(p_.grad_query, p_.dtype, b, h, i), p_.dtype, head.grad_query + i * columns_, scale_,
                 p_.head_dim);

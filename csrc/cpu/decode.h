@@ -122,7 +122,7 @@ class Decode {
     for (int64_t i = 0; i < rows_ * kLanes; ++i) part.row_sum[i] = 0;
     for (int64_t r = 0; r < rows_; r += p_.seqlen_q)
       stage_rows<Arith>(t.query + r * columns_, columns_, Rows(p_.query, p_.dtype, b, head_of(index, r), p_.head_dim), 0,
-                        p_.seqlen_q, {0, p_.seqlen_q}, p_.scale < 0);
+                        p_.seqlen_q, interval.rows(), p_.scale < 0);
     const Rows keys = key_rows(p_, p_.key, b, kv_head, p_.head_dim);
     const Rows values = key_rows(p_, p_.value, b, kv_head, p_.head_dim_v);
     for (int64_t j = seen.begin / kBlock * kBlock; j < seen.end; j += kBlock) {
@@ -215,7 +215,9 @@ class Decode {
   // The chunks' running softmaxes become one, in the place of the first.
   void merge(int64_t index) const {
     const Part all = part(index * chunks_);
+    const int64_t present = rows_of(p_.query, index / p_.heads_kv, p_.seqlen_q);
     for (int64_t r = 0; r < rows_; ++r) {
+      if (r % p_.seqlen_q >= present) continue;
       Real highest = -infinity<Real>();
       for (int64_t c = 0; c < chunks_; ++c) highest = max_of(highest, part(index * chunks_ + c).row_max[r]);
       double sum = 0;

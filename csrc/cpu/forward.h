@@ -98,8 +98,9 @@ class Forward {
         const int64_t i = (tiles_ - 1 - (item - packs) % tiles_) * tile_;
         const Head head = head_of(unit);
         wait_until(head.packed, int32_t(panels_));
-        attend(tile, index / p_.heads_kv, index % p_.heads_kv * group_ + member, {i, min64(i + tile_, p_.seqlen_q)},
-               head.keys, head.values);
+        const int64_t b = index / p_.heads_kv;
+        const Range rows = intersect(Interval(p_, b).rows(), {i, i + tile_});
+        if (!rows.empty()) attend(tile, b, index % p_.heads_kv * group_ + member, rows, head.keys, head.values);
       });
     }
   }

@@ -19,15 +19,19 @@ inline Range intersect(Range a, Range b) { return {max64(a.begin, b.begin), min6
 
 class Interval {
  public:
-  Interval(const DenseParams& p, int64_t b) : rows_{0, p.seqlen_q}, keys_{0, p.seqlen_k} {
+  Interval(const DenseParams& p, int64_t b) : rows_{0, rows_of(p.query, b, p.seqlen_q)}, keys_{0, rows_of(p.key, b, p.seqlen_k)} {
+    const int64_t ends = p.align_ends ? keys_.end - rows_.end : 0;
     if (p.key_start) keys_.begin = max64(keys_.begin, p.key_start[b]);
     if (p.key_lengths) keys_.end = min64(keys_.end, p.key_lengths[b]);
-    const int64_t offset = clamp(p.query_offset) + (p.query_start ? p.query_start[b] : 0);
+    const int64_t offset = clamp(p.query_offset) + ends + (p.query_start ? p.query_start[b] : 0);
     offset_ = offset;
     lo_ = offset - clamp(p.window_left);
     hi_ = offset + clamp(p.window_right) + 1;
     if (lo_ >= hi_) keys_.end = keys_.begin;
   }
+
+  // The rows that there are.
+  Range rows() const { return rows_; }
 
   // The key position that row i stands at.
   int64_t position(int64_t i) const { return i + offset_; }

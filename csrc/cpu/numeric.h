@@ -48,8 +48,7 @@ inline int64_t element_size(Dtype dtype) {
 }
 
 inline const char* element(const View& view, Dtype dtype, int64_t b, int64_t h, int64_t row) {
-  return static_cast<const char*>(view.data) +
-         (b * view.stride[0] + h * view.stride[1] + row * view.stride[2]) * element_size(dtype);
+  return static_cast<const char*>(view.data) + row_offset(view, b, h, row) * element_size(dtype);
 }
 
 inline char* mutable_element(const View& view, Dtype dtype, int64_t b, int64_t h, int64_t row) {

@@ -13,8 +13,7 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // Of a tensor in the accumulation dtype.
 template <class Real>
 inline Real& at(const View& view, int64_t b, int64_t h, int64_t i = 0, int64_t j = 0) {
-  return static_cast<Real*>(view.data)[b * view.stride[0] + h * view.stride[1] + i * view.stride[2] +
-                                       j * view.stride[3]];
+  return static_cast<Real*>(view.data)[row_offset(view, b, h, i) + j * view.stride[3]];
 }
 
 // From q k^T to units of log2, without the sign, which goes into the packed queries. A scale of 0 must not turn a
@@ -117,7 +116,7 @@ class Dropout {
   // Random words of a row's keys, for `keep`.
   void draw(uint32_t* words, int64_t b, int64_t h, int64_t i, int64_t first, int64_t count) const {
     philox_words(words, first, count, uint64_t(p_.rng[0]), uint32_t(i),
-                 uint32_t((p_.first_sequence + b) * p_.heads_q + h), uint32_t(p_.rng[1]));
+                 uint32_t(b * p_.heads_q + h), uint32_t(p_.rng[1]));
   }
 
   // x where the words say that it is kept, else 0.

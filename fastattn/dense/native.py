@@ -48,11 +48,7 @@ CAPABILITY = Capability(
     unavailable=lambda device, index: _extension.unavailable(),
 )
 
-_Strided = tuple[int, ...]  # address, then a stride per axis
-
-
-def _view(tensor: Tensor) -> _Strided:
-    return (tensor.data_ptr(), *tensor.stride())
+_Strided = tuple[int, ...]  # address, a stride per axis, address of the first rows of packed sequences or 0
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -60,16 +56,23 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _lse_view(lse_BHS: Tensor) -> _Strided:
-    return (lse_BHS.data_ptr(), *lse_BHS.stride(), 0)
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _view(tensor: Tensor, cu_seqlens: Tensor | None) -> _Strided:
+    """A (B, H, S, D) tensor, or a (B, H, S) one; of packed sequences with their boundaries."""
+    batch, *others = tensor.stride()
+    if len(others) == 2:
+        others.append(0)
+    if cu_seqlens is None:
+        return (tensor.data_ptr(), batch, *others, 0)
+    return (tensor.data_ptr(), 0, *others, cu_seqlens.data_ptr())
 
 
 def _per_head(tensor: Tensor) -> _Strided:
-    return (tensor.data_ptr(), 0, tensor.stride(0), 0, 0)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """(Hq,) or (B, Hq)."""
+    return (tensor.data_ptr(), *(0, *tensor.stride())[-2:], 0, 0, 0)
 
 
 def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -77,12 +80,15 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
     params.batch, params.heads_q, params.seqlen_q, params.head_dim = query.shape
     params.heads_kv, rows, params.head_dim_v = value.shape[1:]
     params.seqlen_k = p.seqlen_k
+    if p.cu_seqlens_q is not None:
+        params.batch, params.seqlen_q, params.seqlen_k = len(p.cu_seqlens_q) - 1, p.max_seqlen_q, p.max_seqlen_k
     dtypes = _dtypes(native)
     params.dtype = dtypes[query.dtype]
-    params.query, params.key, params.value = _view(query), _view(key), _view(value)
+    params.query = _view(query, p.cu_seqlens_q)
+    params.key, params.value = _view(key, p.cu_seqlens_k), _view(value, p.cu_seqlens_k)
     mask = p.attn_mask
     if mask is not None:
-        params.attn_mask = _broadcast_view(mask, p)
+        params.attn_mask = _broadcast_view(mask)
         params.mask_dtype = dtypes[mask.dtype]
     params.query_start = _address(p.query_start)
     params.key_start = _address(p.key_start)
@@ -90,7 +96,10 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
     if p.block_table is not None:
         params.block_table, params.block_table_stride = p.block_table.data_ptr(), p.block_table.stride(0)
         params.page_size = rows
-    params.query_offset = p.offset
+    if p.query_offset is None:
+        params.align_ends = True
+    else:
+        params.query_offset = p.query_offset
     if p.window_left is not None:
         params.window_left = p.window_left
     if p.window_right is not None:
@@ -99,17 +108,18 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
     if p.softcap is not None:
         params.softcap = p.softcap
     if p.alibi_slopes is not None:
-        params.alibi_slopes = (*_view(p.alibi_slopes), 0, 0)
+        params.alibi_slopes = _per_head(p.alibi_slopes)
     if p.sinks is not None:
         params.sinks = _per_head(p.sinks)
     if p.rng is not None:
-        params.dropout_p, params.rng, params.first_sequence = p.dropout_p, p.rng.data_ptr(), p.first_sequence
+        params.dropout_p, params.rng = p.dropout_p, p.rng.data_ptr()
     params.threads = torch.get_num_threads()
     return params
 
 
-def _broadcast_view(mask: Tensor, p: Problem) -> _Strided:
-    return _view(mask.expand(p.query.shape[0], p.query.shape[1], p.query.shape[2], p.seqlen_k))
+def _broadcast_view(mask: Tensor) -> _Strided:
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    return (mask.data_ptr(), *strides, 0)
 
 
 @cache
@@ -130,52 +140,18 @@ def _launch(kernel: Callable[[Any], None], scratch_bytes: Callable[[Any], int], 
     kernel(params)
 
 
-def _forward_into(p: Problem, out: Tensor, lse: Tensor) -> None:
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """Launch the forward: (out, lse)."""
     native = _extension.native()
+    out, lse = allocate_forward(p)
+    if p.cu_seqlens_q is not None:  # rows past the last sequence belong to none
+        out.zero_()
+        lse.fill_(float("-inf"))
     # Kept in locals: the kernel reads them through bare pointers.
     query, key, value = _rows(p.query), _rows(p.key), _rows(p.value)
     params = _params(native, p, query, key, value)
-    params.out, params.lse = _view(out), _lse_view(lse)
+    params.out, params.lse = _view(out, p.cu_seqlens_q), _view(lse, p.cu_seqlens_q)
     _launch(native.cpu_dense_forward, native.cpu_dense_forward_scratch, params)
-
-
-def _backward_into(
-    p: Problem,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    grads: tuple[Tensor, Tensor, Tensor],
-    grad_mask: Tensor | None,
-    grad_sinks: Tensor,
-) -> None:
-    native = _extension.native()
-    query, key, value = _rows(p.query), _rows(p.key), _rows(p.value)
-    out, grad_out = _rows(out), _rows(grad_out)
-    params = _params(native, p, query, key, value)
-    params.out, params.lse, params.grad_out = _view(out), _lse_view(lse), _view(grad_out)
-    if grad_lse is not None:
-        params.grad_lse = _lse_view(grad_lse)
-    params.grad_query, params.grad_key, params.grad_value = (_view(g) for g in grads)
-    if grad_mask is not None:
-        params.grad_mask = _broadcast_view(grad_mask, p)
-    if p.sinks is not None:
-        params.grad_sinks = _per_head(grad_sinks)
-    _launch(native.cpu_dense_backward, native.cpu_dense_backward_scratch, params)
-
-
-def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """Launch the forward: (out, lse)."""
-    out, lse = allocate_forward(p)
-    if p.cu_seqlens_q is None:
-        _forward_into(p, out, lse)
-        return out, lse
-    end = 0
-    for rows, _, sequence in p.sequences():
-        _forward_into(sequence, out[:, :, rows], lse[:, :, rows])
-        end = rows.stop
-    out[:, :, end:] = 0  # rows past the last sequence belong to none
-    lse[:, :, end:] = float("-inf")
     return out, lse
 
 
@@ -183,33 +159,30 @@ def backward(
     p: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, mask_grad: bool
 ) -> tuple[Tensor, ...]:
     """Launch the backward: gradients as `allocate_backward` lists them."""
+    native = _extension.native()
     results = allocate_backward(p, mask_grad)
     grad_query, grad_key, grad_value, grad_mask, grad_sinks = results
+    if p.cu_seqlens_q is not None:  # rows and keys past the last sequence belong to none
+        for grad in (grad_query, grad_key, grad_value):
+            grad.zero_()
     grad_sinks.zero_()
     # Broadcast and low-precision biases are summed in the accumulation dtype.
     mask_sum = (
         torch.zeros(p.attn_mask.shape, dtype=p.accumulate_dtype) if mask_grad and p.attn_mask is not None else None
     )
-    if p.cu_seqlens_q is None:
-        _backward_into(p, out, lse, grad_out, grad_lse, (grad_query, grad_key, grad_value), mask_sum, grad_sinks)
-    else:
-        end_q = end_k = 0
-        for b, (rows, keys, sequence) in enumerate(p.sequences()):
-            seqlen_q, seqlen_k = rows.stop - rows.start, keys.stop - keys.start
-            _backward_into(
-                sequence,
-                out[:, :, rows],
-                lse[:, :, rows],
-                grad_out[:, :, rows],
-                None if grad_lse is None else grad_lse[:, :, rows],
-                (grad_query[:, :, rows], grad_key[:, :, keys], grad_value[:, :, keys]),
-                p.mask_of_sequence(mask_sum, b, seqlen_q, seqlen_k),
-                grad_sinks,
-            )
-            end_q, end_k = rows.stop, keys.stop
-        grad_query[:, :, end_q:] = 0
-        grad_key[:, :, end_k:] = 0
-        grad_value[:, :, end_k:] = 0
+    query, key, value = _rows(p.query), _rows(p.key), _rows(p.value)
+    out, grad_out = _rows(out), _rows(grad_out)
+    params = _params(native, p, query, key, value)
+    params.out, params.lse = _view(out, p.cu_seqlens_q), _view(lse, p.cu_seqlens_q)
+    params.grad_out, params.grad_query = _view(grad_out, p.cu_seqlens_q), _view(grad_query, p.cu_seqlens_q)
+    params.grad_key, params.grad_value = _view(grad_key, p.cu_seqlens_k), _view(grad_value, p.cu_seqlens_k)
+    if grad_lse is not None:
+        params.grad_lse = _view(grad_lse, p.cu_seqlens_q)
+    if mask_sum is not None:
+        params.grad_mask = _broadcast_view(mask_sum)
+    if p.sinks is not None:
+        params.grad_sinks = _per_head(grad_sinks)
+    _launch(native.cpu_dense_backward, native.cpu_dense_backward_scratch, params)
     if mask_sum is not None:
         grad_mask.copy_(mask_sum)
     return results
