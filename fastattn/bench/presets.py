@@ -54,6 +54,20 @@ def _figures() -> list[Problem]:
     ]
 
 
+def _cpu() -> list[Problem]:
+    """What sets CPUs apart: long and short calls, float16, windows, dropout, and decoding over a long cache."""
+    long, short = (4096, 8192), (512, 1024)
+    queries = Problem(16384, head_dim=128, heads=32, kv_heads=32, q_len=1)
+    return [
+        *grid(long, dtypes=("float32", "bfloat16", "float16"), causal=(False,)),
+        *grid(short, dtypes=("float32", "bfloat16")),
+        *grid((2048,), dtypes=("bfloat16", "float16"), modes=("fwdbwd",)),
+        *(replace(p, window=511) for p in grid(long)),
+        *(replace(p, dropout=0.1) for p in grid((2048, 4096), modes=("fwdbwd",))),
+        *(replace(queries, dtype=dtype, kv_heads=n) for dtype in ("float32", "bfloat16") for n in (32, 8)),
+    ]
+
+
 def _gpu(seqlens: Sequence[int], window: int, decode: Sequence[int], width: int = 2048) -> list[Problem]:
     """Plain attention over `seqlens`, then the features that few libraries have, then decoding over `decode` keys.
 
@@ -102,6 +116,7 @@ PRESETS = {
         (512, 1024, 2048, 4096, 8192),
     ),
     "quick": Preset(lambda: grid((256, 512, 1024), modes=("fwd", "fwdbwd")), 10.0, "a first look in seconds"),
+    "cpu": Preset(_cpu, 240.0, "on a CPU: long and short calls, float16, windows, dropout and decoding"),
     "gpu": Preset(
         lambda: _gpu((512, 1024, 2048, 4096, 8192, 16384), 1023, (4096, 8192, 16384, 32768, 65536, 131072)),
         420.0,
