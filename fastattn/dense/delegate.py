@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastattn.backends import DELEGATE, Capability
 from fastattn.dense.append import append as append
-from fastattn.dense.problem import Problem, allocate_backward, allocate_forward
+from fastattn.dense.problem import Problem, allocate_backward, allocate_forward, unit_rows
 
 CAPABILITY = Capability(
     backend=DELEGATE,
@@ -51,7 +51,7 @@ def _rows(tensor: Tensor) -> Tensor:
     """With the unit column stride that the operators rely on and, on CUDA, whole groups of 8 columns."""
     if tensor.device.type == "cuda" and tensor.shape[3] % 8:
         return F.pad(tensor, (0, -tensor.shape[3] % 8))
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return unit_rows(tensor)
 
 
 def _empty(p: Problem) -> bool:

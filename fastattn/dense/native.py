@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn import _extension
 from fastattn.backends import Capability
 from fastattn.dense.append import append as append
-from fastattn.dense.problem import Problem, allocate_backward, allocate_forward
+from fastattn.dense.problem import Problem, allocate_backward, allocate_forward, unit_rows
 
 CAPABILITY = Capability(
     backend="cpu",
@@ -49,11 +49,6 @@ CAPABILITY = Capability(
 )
 
 _Strided = tuple[int, ...]  # address, a stride per axis, address of the first rows of packed sequences or 0
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with the unit column stride that kernels rely on; a copy only where it has another."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -148,7 +143,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         out.zero_()
         lse.fill_(float("-inf"))
     # Kept in locals: the kernel reads them through bare pointers.
-    query, key, value = _rows(p.query), _rows(p.key), _rows(p.value)
+    query, key, value = unit_rows(p.query), unit_rows(p.key), unit_rows(p.value)
     params = _params(native, p, query, key, value)
     params.out, params.lse = _view(out, p.cu_seqlens_q), _view(lse, p.cu_seqlens_q)
     _launch(native.cpu_dense_forward, native.cpu_dense_forward_scratch, params)
@@ -170,8 +165,8 @@ def backward(
     mask_sum = (
         torch.zeros(p.attn_mask.shape, dtype=p.accumulate_dtype) if mask_grad and p.attn_mask is not None else None
     )
-    query, key, value = _rows(p.query), _rows(p.key), _rows(p.value)
-    out, grad_out = _rows(out), _rows(grad_out)
+    query, key, value = unit_rows(p.query), unit_rows(p.key), unit_rows(p.value)
+    out, grad_out = unit_rows(out), unit_rows(grad_out)
     params = _params(native, p, query, key, value)
     params.out, params.lse = _view(out, p.cu_seqlens_q), _view(lse, p.cu_seqlens_q)
     params.grad_out, params.grad_query = _view(grad_out, p.cu_seqlens_q), _view(grad_query, p.cu_seqlens_q)

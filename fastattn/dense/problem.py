@@ -215,6 +215,11 @@ def default_scale(head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim)
 
 
+def unit_rows(tensor: Tensor) -> Tensor:
+    """The tensor with the unit column stride that kernels rely on; a copy only where it has another."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 def allocate_forward(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse): out (B, Hq, Sq, Dv) over (B, Sq, Hq, Dv) memory, so that merging the heads is a view."""
     batch, heads, seqlen, _ = p.query.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.backends import FEATURES, Capability
 from fastattn.dense.append import allocate_rotated
-from fastattn.dense.problem import Problem, allocate_backward, allocate_forward
+from fastattn.dense.problem import Problem, allocate_backward, allocate_forward, unit_rows
 from fastattn.dense.triton_launch import (
     INTERPRETED,
     Launch,
@@ -21,7 +21,6 @@ from fastattn.dense.triton_launch import (
     padded,
     run,
     tiles_of,
-    unit_rows,
 )
 
 _OLDEST = 80  # compute capability of NVIDIA's first with bfloat16, and the oldest that Triton supports

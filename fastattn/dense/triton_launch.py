@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dense.problem import Problem
+from fastattn.dense.problem import Problem, unit_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG2E = 1.4426950408889634
@@ -43,11 +43,6 @@ def compute_capability(device: torch.device) -> int:
 def padded(head_dim: int) -> int:
     """The width of the tile that holds a head; tensor cores need 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def unit_rows(tensor: Tensor) -> Tensor:
-    """The tensor with the unit column stride that kernels rely on; a copy only where it has another."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def matrix(tensor: Tensor) -> tuple:
