@@ -1,4 +1,7 @@
-"""Pictures of a run: latency, memory and throughput against length. One style, readable without colour vision."""
+"""Pictures of a run: latency, memory and throughput against length, and speed-ups case by case.
+
+One style, readable without colour vision.
+"""
 
 from __future__ import annotations
 
@@ -165,13 +168,45 @@ def _mark_missing(axes: Axes, rows: list[Row], names: Sequence[str]) -> None:
             )
 
 
+def _speedups(rows: Sequence[Row]) -> Figure:
+    """How many times as fast as each baseline fastattn is, one line a case."""
+    figure, [[axes]] = new_figure(1, 1, width=9.0, height=1.3 + 0.27 * len(rows))
+    for base in ("naive", "sdpa"):
+        points = [(row.speedup[base], line) for line, row in enumerate(rows) if base in row.speedup]
+        if points:
+            colour, marker = STYLES[base]
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle="none", label=NAMES[base])
+    axes.axvline(1.0, color="#777777", linewidth=0.9)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_xlabel("times as fast as")
+    axes.set_yticks(range(len(rows)), [_case(row) for row in rows])
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure
+
+
+def _case(row: Row) -> str:
+    p = row.problem
+    heads = str(p.heads) if p.heads == p.kv_heads else f"{p.heads}/{p.kv_heads}"
+    kind = [MODE_NAMES[p.mode], p.dtype, "causal" if p.causal else "full", p.feature, f"H {heads}, D {p.head_dim}"]
+    return f"{', '.join(filter(None, kind))}, {length_name(p.seqlen)}"
+
+
 def plot_results(results: Results, directory: Path) -> list[Path]:
-    """Write latency, memory and throughput pictures of plain attention for every head size; returns their paths."""
+    """Write latency, memory and throughput pictures of plain attention for every head size; returns their paths.
+
+    A run with more than plain attention gets a picture of fastattn's speed-ups too.
+    """
+    facts = headline(results.environment).replace("\n", " | ")
+    written = []
+    if any(row.problem.feature for row in results.rows):
+        ours = [row for row in results.rows if row.implementation == "fastattn" and row.speedup]
+        if ours:
+            written.append(save(_speedups(ours), directory / "speedups.png", "Speed-ups of fastattn", facts))
     results = replace(results, rows=tuple(row for row in results.rows if not row.problem.feature))
     names = list(dict.fromkeys(row.implementation for row in results.rows))
-    facts = headline(results.environment).replace("\n", " | ")
     head_dims = list(dict.fromkeys(row.problem.head_dim for row in results.rows))
-    written = []
     for head_dim in head_dims:
         first = _of(results, head_dim)[0].problem
         shape = f"batch {first.batch}, {first.heads} heads, head size {head_dim}"

@@ -130,3 +130,5 @@ def test_plots_are_written(tmp_path):
         f"{kind}_d{dim}.png" for kind in ("latency", "memory", "throughput") for dim in (128, 64)
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in paths)
+    window = rows_of(Problem(512, causal=True, window=9))
+    assert "speedups.png" in [path.name for path in plot_results(results_of(*rows, *window), tmp_path)]
