@@ -15,8 +15,7 @@ using namespace fastattn;
 
 namespace {
 
-// A View is set from (data_ptr, stride0, stride1, stride2, stride3, address of first_row or 0) or None, and reads back the
-// same.
+// A View is set from (data_ptr, four strides, address of first_row or 0) or None, and reads back the same.
 template <View DenseParams::*field>
 void def_view(py::class_<DenseParams>& cls, const char* name) {
   cls.def_property(

@@ -11,7 +11,7 @@ namespace fastattn {
 enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64, kBool };
 
 // A strided view of (batch, head, row, column). Strides count elements; 0 broadcasts. A null pointer means "absent".
-// With first_row, sequences are packed: those of batch index b are the rows from first_row[b] up to first_row[b + 1].
+// With first_row, sequences are packed: that of batch index b has the rows from first_row[b] up to first_row[b + 1].
 struct View {
   void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};

@@ -3,8 +3,8 @@
 // The query rows that share a kv head, of all heads of its group, walk the keys together. The keys are split into chunks
 // of a fixed size, so that threads have work however few heads there are and results do not depend on their number
 // (Flash-Decoding, Dao et al., 2023). Within a chunk, a few rows of K become numbers of the accumulation dtype in L1;
-// each query row keeps one sum a key in registers, and a transposition turns their lanes into scores. The last chunk of
-// a head to finish is waited for by the item that merges them.
+// each query row keeps one sum a key in registers, and a transposition turns their lanes into scores. A head's chunks
+// are merged once all of them are done.
 #pragma once
 
 #include "gemm.h"

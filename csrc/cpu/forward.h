@@ -1,13 +1,15 @@
-// Forward of dense attention: out = softmax(scores) v, one pass over the keys with a running softmax. For plain scores:
+// Forward of dense attention: out = softmax(scores) v, one pass over the keys with a running softmax.
 //
 // K is packed once per kv head into transposed panels of 64 keys and V into a row panel, for all query heads of its
 // group. A tile of query rows then walks the blocks of keys that its rows see:
 //   s = q k^T                                  6 x 64 register tiles
 //   m' = max(m, rowmax(s)),  p = 2^(c (s - m'))        c = |scale| log2(e), the sign is in q
 //   l' = l 2^(c (m - m')) + rowsum(p),  o' = o 2^(c (m - m')) + p v
-// six rows at a time, so that s and p of one group stay in the first-level cache. At the end out = o / l and
-// lse = (c m + log2 l) ln 2; a sink is one more term of l. Dropout takes its keys out of p after l has counted them. Panels that a group of six rows does not see are skipped; a row's own limits are written
-// over its scores as -inf. A row that saw nothing has l = 0: its output is 0, its lse -inf.
+// six rows at a time, so that s and p of one group stay in the first-level cache. With more to a score than its scale,
+// s is brought to units of log2 first and c is 1 (scores.h). At the end out = o / l and lse = (c m + log2 l) ln 2; a sink
+// is one more term of l. Dropout takes its keys out of p after l has counted them. Panels that a group of six rows does
+// not see are skipped; a row's own limits are written over its scores as -inf. A row that saw nothing has l = 0: its
+// output is 0, its lse -inf.
 // Blocks of keys start at multiples of their size for every row, so a row's result does not depend on its tile.
 #pragma once
 

@@ -76,7 +76,10 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
     params.heads_kv, rows, params.head_dim_v = value.shape[1:]
     params.seqlen_k = p.seqlen_k
     if p.cu_seqlens_q is not None:
-        params.batch, params.seqlen_q, params.seqlen_k = len(p.cu_seqlens_q) - 1, p.max_seqlen_q, p.max_seqlen_k
+        params.batch = len(p.cu_seqlens_q) - 1
+        # Working memory goes by the longest sequence; none is longer than all of them.
+        params.seqlen_q = min(p.max_seqlen_q, query.shape[2])
+        params.seqlen_k = min(p.max_seqlen_k, key.shape[2])
     dtypes = _dtypes(native)
     params.dtype = dtypes[query.dtype]
     params.query = _view(query, p.cu_seqlens_q)
