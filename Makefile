@@ -13,7 +13,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 OLDEST_TRITON := build/triton-3.6
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: bench test check clean
+.PHONY: bench test check sanitize clean
 
 bench: $(VENV)/installed
 	$(BIN)/fastattn bench --preset quickstart --out benchmarks/results/latest
@@ -21,17 +21,22 @@ bench: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests
 
-# Lint, types, the bfloat16 dot-product kernels by emulation, a wheel installed on its own, what the Triton kernels
-# compile to for GPUs, and a dry run of the GPU harness.
-check: $(VENV)/installed-check $(OLDEST_TRITON)
+# Lint, types, the C++ core under sanitizers and for aarch64, the bfloat16 dot-product kernels by emulation, a wheel
+# installed on its own, what the Triton kernels compile to for GPUs, and a dry run of the GPU harness.
+check: $(VENV)/installed-check $(OLDEST_TRITON) sanitize
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/check_core.py aarch64
 	$(BIN)/python tests/check_emulated_bf16.py
 	$(BIN)/python tests/check_wheel.py
 	$(BIN)/python tests/check_triton.py
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python tests/check_triton.py sm_90
 	PYTHON=$(BIN)/python benchmarks/gpu.sh --dry-run build/gpu-dry
+
+# The C++ core's own tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize: $(VENV)/installed-check
+	$(BIN)/python tests/check_core.py address thread
 
 $(VENV)/torch:
 	@echo "== creating $(VENV) and installing $(TORCH) (the download can take minutes)"

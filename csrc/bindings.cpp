@@ -8,6 +8,7 @@
 #include "build_info.h"
 #include "cpu/dispatch.h"
 #include "cpu/peak.h"
+#include "cpu/threads.h"
 #include "dense_params.h"
 
 namespace py = pybind11;
@@ -95,10 +96,22 @@ void check_backward(const DenseParams& p) {
           "grad_mask needs a floating-point attn_mask");
 }
 
+// Whether a signal's handler raised an exception (Ctrl-C: KeyboardInterrupt), which is then pending.
+bool signal_raised() {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const bool raised = PyErr_CheckSignals() != 0;
+  PyGILState_Release(state);
+  return raised;
+}
+
 void run(void (*kernel)(const DenseParams&), const DenseParams& p) {
   require(p.scratch != nullptr, "scratch must not be None");
-  py::gil_scoped_release release;
-  kernel(p);
+  Interruption interruption(signal_raised);
+  {
+    py::gil_scoped_release release;
+    kernel(p);
+  }
+  if (interruption.happened()) throw py::error_already_set();
 }
 
 py::dict build_info() {

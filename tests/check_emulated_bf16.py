@@ -7,42 +7,22 @@ only hardware with avx512_bf16 runs.
 
 import importlib.machinery
 import importlib.util
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pybind11
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "emulated-bf16"
-
-
-def build() -> Path:
-    configure = [
-        "cmake",
-        "-S",
-        str(ROOT / "csrc"),
-        "-B",
-        str(BUILD),
-        "-G",
-        "Ninja",
-        "-DCMAKE_BUILD_TYPE=Release",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD}",
-        "-DFASTATTN_EMULATE_BF16_DOT=ON",
-    ]
-    tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(configure, check=True, env=tools, stdout=subprocess.DEVNULL)
-    subprocess.run(["cmake", "--build", str(BUILD)], check=True, env=tools, stdout=subprocess.DEVNULL)
-    (module,) = BUILD.glob("_native*.so")
-    return module
+from cmake_build import ROOT, build
 
 
 def main() -> int:
-    path = build()
+    folder = build(
+        "emulated-bf16",
+        Python_EXECUTABLE=sys.executable,
+        pybind11_DIR=pybind11.get_cmake_dir(),
+        CMAKE_LIBRARY_OUTPUT_DIRECTORY=ROOT / "build" / "emulated-bf16",
+        FASTATTN_EMULATE_BF16_DOT="ON",
+    )
+    (path,) = folder.glob("_native*.so")
     loader = importlib.machinery.ExtensionFileLoader("fastattn._native", str(path))
     spec = importlib.util.spec_from_loader("fastattn._native", loader, origin=str(path))
     assert spec is not None

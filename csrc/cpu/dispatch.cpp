@@ -22,7 +22,7 @@ const Kernels* const compiled[] = {
 #undef FASTATTN_ISA
 };
 
-bool runs_here(const std::string& isa) {
+bool runs_here([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__)
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -21,6 +21,7 @@ struct Exp2Constants<float> {
   static constexpr int kDegree = 5, kMantissaBits = 23;
   // 1.5 * 2^23 plus the exponent's bias: adding it rounds to an integer, whose low bits then are the exponent field.
   static constexpr float kRound = 12582912.0f + 127.0f;
+  static constexpr float kHalf = 0.49999997f;  // just below 1/2: then 0 is rounded to 0, not to -1
   static constexpr float kCoefficients[kDegree + 1] = {1.0f,           0.693151312f,    0.240164450f,
                                                        0.0557999139f, 0.00901702925f, 0.00186713057f};
 };
@@ -30,6 +31,7 @@ struct Exp2Constants<double> {
   typedef int64_t Int;
   static constexpr int kDegree = 11, kMantissaBits = 52;
   static constexpr double kRound = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 plus the bias
+  static constexpr double kHalf = 0.49999999999999994;
   static constexpr double kCoefficients[kDegree + 1] = {
       1.0,
       0.69314718055994473,
@@ -77,7 +79,7 @@ inline V vexp2(V x) {
   typedef Exp2Constants<T> C;
   typedef typename Simd<typename C::Int>::Vec IntVec;
   const V clamped = vmax(Simd<T>::broadcast(kExp2Low), x);
-  const V shifted = clamped - T(0.5) + C::kRound;
+  const V shifted = clamped - C::kHalf + C::kRound;
   const V r = clamped - (shifted - C::kRound);
   const V power = (V)((IntVec)shifted << C::kMantissaBits);
   const V y = exp2_fraction<T>(r) * power;

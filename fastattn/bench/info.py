@@ -64,7 +64,7 @@ def _native() -> list[tuple[str, str]]:
     ]
     runtimes = openmp_runtimes()
     if not build["openmp"]:
-        threads = "kernels were built without OpenMP and run on one thread"
+        threads = "kernels were built without it and start threads of their own for each call"
     elif len(runtimes) == 1:
         threads = f"one runtime, shared with torch ({runtimes[0]})"
     elif runtimes:

@@ -1,7 +1,8 @@
 """Threads, forks and repeats: the same bits whoever calls, and nobody hangs.
 
 Fails where a result depends on the number of threads or on what another thread does, where repeats of a deterministic
-call differ in any bit, or where a forked child waits for ever for its parent's thread pool.
+call differ in any bit, where a forked child waits for ever for its parent's thread pool, or where Ctrl-C waits for the
+end of a long call.
 """
 
 from __future__ import annotations
@@ -156,3 +157,33 @@ for backend in BACKENDS:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=2 * TIMEOUT, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the C++ kernels")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_interrupt(threads: int, pass_: str) -> None:
+    """A signal whose handler raises, as Ctrl-C does, ends a call that would take hours, and the next call is right."""
+    script = f"""
+import signal, torch, fastattn
+from fastattn.dense import api, native
+torch.set_num_threads({threads})
+query = torch.randn(1, 1, 2_000_000, 8)
+problem = api.normalise(query, query, query, (1, 1, 2_000_000, 2_000_000))
+def stop(*_): raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, stop)
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+try:
+    if "{pass_}" == "forward":
+        native.forward(problem)
+    else:
+        native.backward(problem, query, torch.zeros(query.shape[:3]), query, None, False)
+except KeyboardInterrupt:
+    small = [torch.eye(4)[None, None]] * 3
+    right = fastattn.attention(*small, backend="reference")
+    torch.testing.assert_close(fastattn.attention(*small, backend="cpu"), right)
+    print("interrupted")
+"""
+    # Without the feature it would run on: in a process of its own it can be ended.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.stdout == "interrupted\n", done.stderr
