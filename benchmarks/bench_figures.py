@@ -1,25 +1,34 @@
 """The figures that the CPU kernels are held to, printed with whether they are met; never a failure.
 
-pytest benchmarks/bench_figures.py --lengths 512..8k       the cases that the figures name (minutes)
+pytest benchmarks/bench_figures.py --lengths 512..16k      the cases that the figures name (minutes)
+fastattn bench --preset figures (or cpu, or cpu-avx2)      the same cases in one run, with tables and pictures
 """
 
 import pytest
 
 from fastattn.bench.memory import MIB
 from fastattn.bench.point import Measurer, Subject
-from fastattn.bench.presets import CPU_TARGETS, judge_target
+from fastattn.bench.presets import PRESETS
 from fastattn.bench.report import make_console, print_targets
 from fastattn.bench.run import Settings, run
-from fastattn.bench.suites import grid, implementation
+from fastattn.bench.suites import implementation
+from fastattn.bench.targets import judge_target
 
 # Forward and backward at length 8192, 4 heads, head size 64, float32: over the inputs, outputs and gradients included.
 MEMORY_MIB = 60.0
 
 
-@pytest.mark.parametrize("target", CPU_TARGETS, ids=lambda t: f"{t.mode}-{t.dtype}-{'causal' if t.causal else 'full'}")
-def test_speed(device, lengths, show, target):
-    problems = grid(lengths, head_dims=(64, 128), dtypes=(target.dtype,), causal=(target.causal,), modes=(target.mode,))
-    results = run(problems, [implementation(name) for name in ("sdpa", "fastattn")], Settings(device))
+CASES = [(name, target) for name in ("figures", "cpu") for target in PRESETS[name].targets]
+
+
+@pytest.mark.parametrize(("preset", "target"), CASES, ids=[f"{name}: {target.what}" for name, target in CASES])
+def test_speed(device, lengths, show, preset, target):
+    problems = [p for p in PRESETS[preset].problems() if target.picks(p)]
+    measured = [p for p in problems if p.seqlen <= max(lengths)]
+    if not measured:
+        pytest.skip(f"its lengths begin at {min(p.seqlen for p in problems)}; --lengths ends at {max(lengths)}")
+    names = dict.fromkeys(("sdpa", "fastattn", *(["flex"] if "flex" in target.measure.name else [])))
+    results = run(measured, [implementation(name) for name in names], Settings(device))
     wrong = [row for row in results.rows if row.status in ("wrong", "failed")]
     assert not wrong, [(row.problem.label(), row.implementation, row.reason) for row in wrong]
     show(print_targets, make_console(), [judge_target(target, results)])

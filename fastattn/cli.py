@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,7 +194,7 @@ def verify(
 def bench(
     context: typer.Context,
     preset: Annotated[
-        str | None, typer.Option(help="quickstart, quick, gpu, gpu-dry or figures, instead of shapes")
+        str | None, typer.Option(help="quickstart, quick, cpu, cpu-avx2, figures, gpu or gpu-dry, instead of shapes")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="the same as --preset quick")] = False,
     seqlen: Lengths = "512,1k,2k,4k",
@@ -223,15 +225,18 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     with _user_errors():
-        from fastattn.bench.presets import CPU_TARGETS, PRESETS, judge_target
+        from fastattn.bench.presets import PRESETS
         from fastattn.bench.report import make_console, print_results, print_targets, progress_bar
         from fastattn.bench.run import Settings, run
         from fastattn.bench.suites import absent_peer, default_implementations, implementation
+        from fastattn.bench.targets import judge_target
 
         name = "quick" if quick else preset
         if name is not None and name not in PRESETS:
             raise ValueError(f"preset: no {name!r}; there are {', '.join(PRESETS)}")
         chosen: Preset | None = PRESETS[name] if name else None
+        if chosen:
+            _start_with(chosen.environment)
         where = _pick_device(device)
         if chosen:
             problems = chosen.problems()
@@ -246,14 +251,17 @@ def bench(
             names = [name for name, reason in absent.items() if reason is None]
             notes = [f"{name} is not measured: {reason}" for name, reason in absent.items() if reason]
         implementations = [implementation(name.strip()) for name in names]
+        if chosen:
+            implementations = [replace(i, subject=chosen.subjects.get(i.name, i.subject)) for i in implementations]
+            notes += [f"run with {key}={value}" for key, value in chosen.environment.items()]
         if plot or out:
             import matplotlib  # noqa: F401  (missing plots should be known before minutes of measuring)
         limit = time_limit or (chosen.time_limit_s if chosen else 60.0)
         with progress_bar(progress_console) as progress:
             results = run(problems, implementations, Settings(where, limit, notes=tuple(notes)), progress)
         print_results(console, results)
-        if name == "figures":
-            print_targets(console, [judge_target(target, results) for target in CPU_TARGETS])
+        if chosen and chosen.targets:
+            print_targets(console, [judge_target(target, results) for target in chosen.targets])
         written: list[Path] = []
         if out:
             (out / "bench.csv").unlink(missing_ok=True)
@@ -274,6 +282,12 @@ def bench(
             written += _profile("layer", list(chosen.profile_seqlens), ["naive", "fastattn"], where, out)
         for path in written:
             console.print(f"written: {path}", markup=False, soft_wrap=True)
+
+
+def _start_with(environment: Mapping[str, str]) -> None:
+    """Start this command anew unless the variables, which libraries read as they are loaded, are there already."""
+    if any(os.environ.get(key) != value for key, value in environment.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "fastattn.cli", *sys.argv[1:]], {**os.environ, **environment})
 
 
 def _problems(

@@ -1,10 +1,13 @@
 """Fails if a command breaks, exits with the wrong code, shows a traceback for a user's mistake, or loses its help."""
 
 import json
+import os
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
+from fastattn import cli
 from fastattn.bench.results import Results
 from fastattn.cli import app
 
@@ -151,3 +154,24 @@ def test_verify_reports(monkeypatch, passes, code):
     assert ("all cases pass" if passes else "FAILED") in text
     assert "3 of 3 cases" in text
     assert "seed 3" in text
+
+
+def test_a_preset_starts_the_command_anew_in_its_environment(monkeypatch):
+    """Fails if libraries that read a variable as they are loaded could have been loaded without it; or for ever."""
+
+    class Started(Exception):
+        pass
+
+    def execve(program, arguments, environment):
+        raise Started(program, arguments, environment)
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(sys, "argv", ["fastattn", "bench", "--preset", "cpu-avx2"])
+    monkeypatch.delenv("FASTATTN_CPU_ISA", raising=False)
+    with pytest.raises(Started) as started:
+        cli._start_with({"FASTATTN_CPU_ISA": "v3"})
+    program, arguments, environment = started.value.args
+    assert (program, arguments[-3:]) == (sys.executable, ["bench", "--preset", "cpu-avx2"])
+    assert environment == {**os.environ, "FASTATTN_CPU_ISA": "v3"}
+    monkeypatch.setenv("FASTATTN_CPU_ISA", "v3")
+    cli._start_with({"FASTATTN_CPU_ISA": "v3"})

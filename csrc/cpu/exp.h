@@ -78,9 +78,8 @@ inline V vexp2(V x) {
   typedef __typeof__(x[0] + x[0]) T;
   typedef Exp2Constants<T> C;
   typedef typename Simd<typename C::Int>::Vec IntVec;
-  const V clamped = vmax(Simd<T>::broadcast(kExp2Low), x);
-  const V shifted = clamped - C::kHalf + C::kRound;
-  const V r = clamped - (shifted - C::kRound);
+  const V shifted = x - C::kHalf + C::kRound;
+  const V r = x - (shifted - C::kRound);
   const V power = (V)((IntVec)shifted << C::kMantissaBits);
   const V y = exp2_fraction<T>(r) * power;
   return x < T(kExp2Low) ? V{} : y;

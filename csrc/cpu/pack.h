@@ -30,6 +30,18 @@ struct Rows {
   const char* operator[](int64_t i) const {
     return pages ? data + pages[i / page_size] * page_stride + i % page_size * stride : data + i * stride;
   }
+
+  // Where rows [first, first + count) are; a division for all of them, not for each.
+  void locate(const char** to, int64_t first, int64_t count) const {
+    int64_t page = pages ? first / page_size : 0, row = pages ? first % page_size : first;
+    for (int64_t i = 0; i < count; ++i, ++row) {
+      if (pages && row == page_size) {
+        row = 0;
+        ++page;
+      }
+      to[i] = data + (pages ? pages[page] * page_stride : 0) + row * stride;
+    }
+  }
 };
 
 // The rows of key or value, which may lie in pages.

@@ -117,6 +117,7 @@ def build_layer(subject: Subject, seqlen: int) -> Step:
 
     torch's layer wants the causal mask as a tensor; the boolean one, the smallest, is built within the forward.
     """
+    from fastattn.bench.layer import options
     from fastattn.nn import MultiheadAttention
 
     embed_dim = subject.heads * subject.head_dim
@@ -126,13 +127,10 @@ def build_layer(subject: Subject, seqlen: int) -> Step:
     grad_out = torch.randn_like(x)
 
     def forward() -> Tensor:
-        if subject.implementation == "fastattn":
-            return layer(x, x, x, need_weights=False, is_causal=subject.causal)[0]
         mask = None
-        if subject.causal:
+        if subject.causal and subject.implementation != "fastattn":
             mask = torch.ones(seqlen, seqlen, dtype=torch.bool, device=subject.device).triu_(1)
-        sdpa = subject.implementation == "sdpa"
-        return layer(x, x, x, need_weights=not sdpa, attn_mask=mask, is_causal=sdpa and subject.causal)[0]
+        return layer(x, x, x, **options(layer, subject.causal, subject.implementation == "naive", mask))[0]
 
     parameters = list(layer.parameters())
     return Step(

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from fastattn.bench.compare import Comparison
 from fastattn.bench.environment import headline
-from fastattn.bench.presets import Outcome
 from fastattn.bench.results import OK, WRONG, Results, Row, geometric_means
 from fastattn.bench.suites import Problem
+from fastattn.bench.targets import SINGLE_CASE, Outcome
 
 MODE_NAMES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 
@@ -189,20 +189,24 @@ def print_geometric_means(console: Console, results: Results) -> None:
 
 def print_targets(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Speed targets and whether this run reached them."""
-    shown = table("what", "target", "mean", "lowest case", "cases", "met", left=("what",))
+    shown = table("what", "target", "", "mean", "lowest case", "cases", "met", left=("what", ""))
+
+    def figure(value: float | None, percent: bool) -> str:
+        return number(value) if value is None or not percent else f"{value:.0%}"
+
     for outcome in outcomes:
-        target = outcome.target
-        what = f"{MODE_NAMES[target.mode]}, {target.dtype}, {'causal' if target.causal else 'full'}"
+        measure = outcome.target.measure
         cases = f"{outcome.cases}" + (f" of {outcome.cases + outcome.unmeasured}" if outcome.unmeasured else "")
         shown.add_row(
-            what,
-            f"{target.ratio:.2f}x",
-            number(outcome.mean, "x"),
-            number(outcome.lowest, "x"),
+            outcome.target.what,
+            figure(outcome.target.goal, measure.percent),
+            measure.name,
+            figure(outcome.mean, measure.percent),
+            figure(outcome.lowest, measure.percent),
             cases,
             check_mark(console, outcome.met),
         )
-    console.print("Targets: speed-up over SDPA, geometric mean, every case at least 0.85 of it", style="bold")
+    console.print(f"Targets: met by the geometric mean, with every case at least {SINGLE_CASE} of it", style="bold")
     console.print(shown)
 
 

@@ -14,6 +14,9 @@ from fastattn.bench.suites import Problem
 
 SCHEMA = "fastattn.bench/1"
 
+# Fields of a row that are more than one value.
+NESTED = ("problem", "errors", "speedup")
+
 # status -> does the row carry a time
 OK, WRONG, SKIPPED, OOM, FAILED = "ok", "wrong", "skipped", "oom", "failed"
 
@@ -22,9 +25,9 @@ OK, WRONG, SKIPPED, OOM, FAILED = "ok", "wrong", "skipped", "oom", "failed"
 class Row:
     """One implementation on one problem. Times are milliseconds per call; fields that were not measured are None.
 
-    `max_error` is the error nearest to (or furthest above) its bar, relative to the largest reference value;
-    `extra_mib` the peak memory above the inputs, outputs and gradients included. `speedup` maps "naive" and "sdpa" to
-    the ratio of medians, and is empty for a result that failed its accuracy check.
+    `errors` are by tensor, relative to the largest reference value, `max_error` the one nearest to (or furthest above)
+    its bar; `extra_mib` the peak memory above the inputs, outputs and gradients included. `speedup` maps "naive" and
+    "sdpa" to the ratio of medians, and is empty for a result that failed its accuracy check.
     """
 
     problem: Problem
@@ -42,6 +45,7 @@ class Row:
     extra_mib: float | None = None
     max_error: float | None = None
     error_bar: float | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
     checked: str = ""
     speedup: Mapping[str, float] = field(default_factory=dict)
 
@@ -112,7 +116,7 @@ class Results:
         }
         for row in self.rows:
             line: dict[str, object] = {**run, **asdict(row.problem)}
-            line |= {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in ("problem", "speedup")}
+            line |= {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in NESTED}
             line |= {"vs_naive": row.speedup.get("naive"), "vs_sdpa": row.speedup.get("sdpa")}
             yield line
 
@@ -120,7 +124,7 @@ class Results:
 CSV_COLUMNS = (
     *("time", "commit", "version", "torch", "hardware"),
     *(f.name for f in fields(Problem)),
-    *(f.name for f in fields(Row) if f.name not in ("problem", "speedup")),
+    *(f.name for f in fields(Row) if f.name not in NESTED),
     *("vs_naive", "vs_sdpa"),
 )
 

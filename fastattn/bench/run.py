@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.bench.accuracy import Judge
 from fastattn.bench.environment import environment
+from fastattn.bench.layer import LayerJudge
 from fastattn.bench.memory import MIB, AllocationMeter, available_memory, is_out_of_memory
 from fastattn.bench.peaks import Peak, measure_peaks, read_bandwidth
 from fastattn.bench.plan import TimePlan
@@ -71,11 +72,12 @@ def measure(
     problem: Problem, implementations: Sequence[Implementation], settings: Settings, plan: TimePlan, index: int
 ) -> list[Row]:
     """The rows of one problem, in the order of `implementations`; speed-ups and fractions are not yet filled in."""
+    implementations = [impl for impl in implementations if impl.subject(problem)]
     started = time.perf_counter()
     allowance = plan.allowance(index)
     limit = settings.memory_limit or int(MEMORY_SHARE * available_memory(settings.device))
     inputs = problem.inputs(settings.device)
-    judge: Judge | None = None
+    judge: Judge | LayerJudge | None = None
     rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], tuple]] = {}
     warm: dict[str, float] = {}
@@ -103,7 +105,7 @@ def measure(
             with AllocationMeter(settings.device) as meter:
                 results = step()
             warm[impl.name] = time.perf_counter() - before
-            judge = judge or Judge(problem, inputs)
+            judge = judge or (LayerJudge if problem.layer else Judge)(problem, inputs)
             check = judge.check(results)
             del results
         except Exception as error:
@@ -118,6 +120,7 @@ def measure(
             extra_mib=meter.peak / MIB,
             max_error=error_now,
             error_bar=bar,
+            errors=check.errors,
             checked=judge.checked,
         )
     gc.collect()

@@ -49,12 +49,16 @@ class Problem:
     bias: bool = False  # added to the scores, (1, heads, seqlen, seqlen); its gradient is one of all gradients
     window: int | None = None  # a causal query sees itself and this many keys before it
     dropout: float = 0.0
+    # Not attention alone but a torch.nn.MultiheadAttention: "without weights" or "with weights" (need_weights=True).
+    layer: str | None = None
 
     def __post_init__(self) -> None:
         if self.q_len and (self.causal or self.mode != "fwd"):
             raise ValueError("q_len: decoding is forward only, and its queries see every key")
         if self.window is not None and not self.causal:
             raise ValueError("window: only with causal")
+        if self.layer and (self.q_len or self.bias or self.dropout or self.window is not None):
+            raise ValueError("layer: plain attention only")
 
     @property
     def queries(self) -> int:
@@ -62,12 +66,19 @@ class Problem:
 
     @property
     def flops(self) -> float:
-        """Multiplications and additions of the matrix products: 4 B H S^2 D, half if causal, backward 2.5 x more."""
+        """Multiplications and additions of the matrix products: 4 B H S^2 D, half if causal, backward 2.5 x more.
+
+        A layer's four projections come on top.
+        """
         pairs = self.queries * self.seqlen * (0.5 if self.causal else 1.0)
         if self.window is not None and self.window < self.seqlen:
             band = self.window + 1
             pairs = float(self.seqlen * band - band * self.window // 2)
-        return 4.0 * self.batch * self.heads * pairs * self.head_dim * (3.5 if self.mode == "fwdbwd" else 1.0)
+        attention = 4.0 * self.batch * self.heads * pairs * self.head_dim * (3.5 if self.mode == "fwdbwd" else 1.0)
+        if not self.layer:
+            return attention
+        projections = 8.0 * self.batch * self.seqlen * (self.heads * self.head_dim) ** 2
+        return attention + projections * (3.0 if self.mode == "fwdbwd" else 1.0)
 
     @property
     def bytes_moved(self) -> int:
@@ -79,6 +90,7 @@ class Problem:
     def feature(self) -> str:
         """What sets the problem apart from plain attention, in words; empty where nothing does."""
         words = (
+            f"layer {self.layer}" if self.layer else "",
             f"query length {self.q_len}" if self.q_len else "",
             "bias" if self.bias else "",
             "" if self.window is None else f"window {self.window}",
@@ -97,12 +109,16 @@ class Problem:
         return f"{shape}, {self.feature}" if self.feature else shape
 
     def inputs(self, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """query, key, value, the bias if there is one, and the output's gradient, standard normal."""
+        """query, key, value, the bias if there is one, and the output's gradient, standard normal; a layer's own."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(self.torch_dtype)
 
+        if self.layer:
+            from fastattn.bench import layer
+
+            return layer.draw(self, draw)
         query = draw(self.batch, self.heads, self.queries, self.head_dim)
         key, value = (draw(self.batch, self.kv_heads, self.seqlen, self.head_dim) for _ in range(2))
         grad_out = draw(*query.shape)
@@ -135,6 +151,10 @@ def naive_bytes(problem: Problem) -> int:
 
 
 def bind_sdpa(problem: Problem, backend: SDPBackend | None = None) -> tuple[str, Attend]:
+    if problem.layer:
+        from fastattn.bench import layer
+
+        return layer.bind(problem, torch.nn.MultiheadAttention)
     gqa = problem.heads != problem.kv_heads
     band = None if problem.window is None else problem.band(default_device())
     causal = problem.causal and band is None
@@ -158,6 +178,10 @@ def bind_fastattn(problem: Problem, backend: str | None = None) -> tuple[str, At
     import fastattn
     from fastattn.backends import own_backends
 
+    if problem.layer:
+        from fastattn.bench import layer
+
+        return layer.bind(problem, fastattn.nn.MultiheadAttention)
     window = None if problem.window is None else (problem.window, 0)
     options: dict[str, Any] = {"causal": problem.causal, "window": window, "dropout_p": problem.dropout}
     if backend is None:
@@ -286,18 +310,28 @@ def _no_bytes(problem: Problem) -> int:
     return 0
 
 
+def _is_attention(problem: Problem) -> bool:
+    return problem.layer is None
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A way to compute attention. `bind` returns (kernel name, function) or raises to say why it cannot.
 
     `estimate` is a low estimate in bytes of the memory it needs; an implementation that would not fit is not run. What
-    `compiles` at its first call is called once more than others, and after them, so as not to use up their time.
+    `compiles` at its first call is called once more than others, and after them, so as not to use up their time. What a
+    problem is no `subject` of is left out of its table.
     """
 
     name: str
     bind: Callable[[Problem], tuple[str, Attend]]
     estimate: Callable[[Problem], int] = _no_bytes
     compiles: bool = False
+    subject: Callable[[Problem], bool] = _is_attention
+
+
+def _any(problem: Problem) -> bool:
+    return True
 
 
 def implementation(name: str) -> Implementation:
@@ -315,7 +349,7 @@ def implementation(name: str) -> Implementation:
         return Implementation(name, PEERS[name].bind)
     if family == "sdpa":
         if not backend:
-            return Implementation(name, bind_sdpa)
+            return Implementation(name, bind_sdpa, subject=_any)
         if backend in SDPA_BACKENDS:
             return Implementation(
                 name, lambda p: bind_sdpa(p, SDPA_BACKENDS[backend]), naive_bytes if backend == "math" else _no_bytes
@@ -328,6 +362,7 @@ def implementation(name: str) -> Implementation:
             name,
             lambda p: bind_fastattn(p, backend or None),
             naive_bytes if backend == "reference" else _no_bytes,
+            subject=_is_attention if backend else _any,
         )
     raise ValueError(
         f"no implementation {name!r}; there are naive, sdpa, sdpa:<torch backend>, fastattn, fastattn:<backend>, flex, "

@@ -13,7 +13,7 @@ from fastattn.dense import arguments
 from fastattn.dense.api import normalise
 from fastattn.dense.op import attention_op
 from fastattn.dense.problem import Problem
-from fastattn.dense.reference import attention_weights
+from fastattn.dense.weights import attention_weights
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -133,11 +133,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
         if not need_weights:
             return out, None
-        weights = attention_weights(problem, lse_NHL)
+        weights = attention_weights(problem, lse_NHL, average_attn_weights)
         if learned:
             weights = weights.roll(-learned, dims=-1)  # to the end, where torch has them
-        if average_attn_weights:
-            weights = weights.mean(dim=1)
         return out, weights if batched else weights.squeeze(0)
 
     def _problem(
@@ -244,11 +242,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return out, None
         padded = []
         for rows, keys, sequence in problem.sequences():
-            weights = attention_weights(sequence, lse_1HT[..., rows])
+            weights = attention_weights(sequence, lse_1HT[..., rows], average_attn_weights)
             padding = (0, max(lengths_k) - (keys.stop - keys.start), 0, max(lengths_q) - (rows.stop - rows.start))
             padded.append(F.pad(weights, padding))
-        weights = torch.cat(padded)
-        return out, weights.mean(dim=1) if average_attn_weights else weights
+        return out, torch.cat(padded)
 
     def _check_shapes(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None

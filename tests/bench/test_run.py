@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from fastattn.bench.accuracy import Judge, one_head
+from fastattn.bench.layer import LayerJudge
 from fastattn.bench.peaks import Peak
-from fastattn.bench.presets import CPU_TARGETS, PRESETS, Target, judge_target
+from fastattn.bench.presets import PRESETS
 from fastattn.bench.results import Results, Row
-from fastattn.bench.run import Settings, compare_rows, run
+from fastattn.bench.run import Settings, compare_rows, make_step, run
 from fastattn.bench.suites import PEERS, Implementation, Problem, absent_peer, grid, implementation
+from fastattn.bench.targets import Target, gradient_error_beside_sdpa, judge_target
 from fastattn.dense.naive import naive_attention
 
 CPU = torch.device("cpu")
@@ -218,6 +220,25 @@ def test_long_problems_are_checked_on_spots(monkeypatch):
     assert not judge.check((out * 1.001, *results[1:])).passed
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
+@pytest.mark.parametrize("kind", ["without weights", "with weights"])
+def test_layers_are_judged_by_output_and_all_gradients(kind, mode, causal):
+    """Fails if the two layers get different weights or masks, or if a wrong gradient of a parameter passes."""
+    problem = Problem(64, head_dim=16, heads=2, kv_heads=2, batch=2, causal=causal, mode=mode, layer=kind)
+    rows = run_one(problem, *(implementation(name) for name in ("naive", "sdpa", "fastattn")), max_samples=3)
+    assert {name: (row.status, row.kernel) for name, row in rows.items()} == {
+        "sdpa": ("ok", "torch.nn.MultiheadAttention"),
+        "fastattn": ("ok", "fastattn.nn.MultiheadAttention"),
+    }, [row.reason for row in rows.values()]
+    assert len(rows["fastattn"].errors) == (1 if mode == "fwd" else 6)
+    inputs = problem.inputs(CPU)
+    judge = LayerJudge(problem, inputs)
+    results = make_step(problem, implementation("fastattn").bind(problem)[1], inputs)()
+    for i in range(len(results)):
+        assert not judge.check((*results[:i], results[i] * 1.0001, *results[i + 1 :])).passed
+
+
 def test_grid_and_presets_keep_tables_together():
     problems = grid((512, 1024), dtypes=("float32", "bfloat16"), causal=(False, True), modes=("fwd",))
     assert len(problems) == 8
@@ -234,15 +255,39 @@ def test_grid_and_presets_keep_tables_together():
 )
 def test_targets_need_the_mean_and_every_case(ratios, met):
     rows = tuple(
-        Row(Problem(512 * (i + 1)), "fastattn", median_ms=1.0, speedup={"sdpa": ratio})
+        Row(Problem(512 * (i + 1)), name, median_ms=milliseconds)
         for i, ratio in enumerate(ratios)
+        for name, milliseconds in (("fastattn", 1.0), ("sdpa", ratio))
     )
-    assert judge_target(Target("fwd", "float32", False, 2.2), Results({}, {}, {}, rows)).met is met
+    target = Target("forward", 2.2, lambda p: p.mode == "fwd")
+    others = (Row(Problem(512, mode="fwdbwd"), "fastattn", median_ms=9.0),)
+    assert judge_target(target, Results({}, {}, {}, rows + others)).met is met
 
 
-def test_every_target_has_cases_among_the_figures():
-    names = {(p.mode, p.dtype, p.causal) for p in PRESETS["figures"].problems()}
-    assert names >= {(t.mode, t.dtype, t.causal) for t in CPU_TARGETS}
+def test_a_target_with_a_case_that_was_not_measured_is_not_met():
+    right = (Row(Problem(512), "fastattn", median_ms=1.0), Row(Problem(512), "sdpa", median_ms=9.0))
+    skipped = (Row(Problem(1024), "fastattn", median_ms=1.0), Row(Problem(1024), "sdpa", status="skipped"))
+    outcome = judge_target(Target("forward", 2.0, lambda p: True), Results({}, {}, {}, right + skipped))
+    assert (outcome.cases, outcome.unmeasured, outcome.met) == (1, 1, False)
+
+
+def test_gradients_are_compared_with_sdpas_one_by_one():
+    """Fails if the best gradient speaks for all, or if the output's error counts."""
+    ours = Row(Problem(64), "fastattn", errors={"out": 9.0, "grad_query": 1.0, "grad_key": 2.0})
+    theirs = Row(Problem(64), "sdpa", errors={"out": 1.0, "grad_query": 8.0, "grad_key": 3.0})
+    assert gradient_error_beside_sdpa.of(ours, {"sdpa": theirs}) == 1.5
+    assert gradient_error_beside_sdpa.of(ours, {}) is None
+
+
+def test_every_target_has_cases_in_its_preset():
+    for preset in PRESETS.values():
+        for target in preset.targets:
+            cases = [p for p in preset.problems() if target.picks(p)]
+            assert cases, target.what
+            base = target.measure.name.removeprefix("x ")
+            if base in preset.implementations:
+                reaches = preset.subjects.get(base, implementation(base).subject)
+                assert all(reaches(p) for p in cases), target.what
 
 
 def test_unknown_implementations_are_named():
@@ -277,7 +322,15 @@ def test_an_absent_peer_says_why():
             assert "ModuleNotFoundError" in absent_peer(name)
 
 
-@pytest.mark.parametrize("wrong", [{"q_len": 1, "causal": True}, {"q_len": 1, "mode": "fwdbwd"}, {"window": 3}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"q_len": 1, "causal": True},
+        {"q_len": 1, "mode": "fwdbwd"},
+        {"window": 3},
+        {"layer": "with weights", "dropout": 0.1},
+    ],
+)
 def test_problems_that_nothing_measures_are_refused(wrong):
     with pytest.raises(ValueError, match="only"):
         Problem(64, **wrong)
