@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "build_info.h"
 #include "cpu/dispatch.h"
@@ -17,17 +18,17 @@ using namespace fastattn;
 namespace {
 
 // A View is set from (data_ptr, four strides, address of first_row or 0) or None, and reads back the same.
-template <View DenseParams::*field>
-void def_view(py::class_<DenseParams>& cls, const char* name) {
+template <auto field, class Params>
+void def_view(py::class_<Params>& cls, const char* name) {
   cls.def_property(
       name,
-      [](const DenseParams& p) -> py::object {
+      [](const Params& p) -> py::object {
         const View& v = p.*field;
         if (!v.data) return py::none();
         return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), v.stride[0], v.stride[1], v.stride[2], v.stride[3],
                               reinterpret_cast<uintptr_t>(v.first_row));
       },
-      [name](DenseParams& p, const py::object& value) {
+      [name](Params& p, const py::object& value) {
         View v;
         if (!value.is_none()) {
           const py::tuple parts = py::reinterpret_borrow<py::tuple>(value);
@@ -42,16 +43,17 @@ void def_view(py::class_<DenseParams>& cls, const char* name) {
 }
 
 // An array is set from its address or None.
-template <class T, const T* DenseParams::*field>
-void def_array(py::class_<DenseParams>& cls, const char* name) {
+template <auto field, class Params>
+void def_array(py::class_<Params>& cls, const char* name) {
+  typedef std::remove_reference_t<decltype(Params().*field)> Pointer;
   cls.def_property(
       name,
-      [](const DenseParams& p) -> py::object {
+      [](const Params& p) -> py::object {
         if (!(p.*field)) return py::none();
         return py::int_(reinterpret_cast<uintptr_t>(p.*field));
       },
-      [](DenseParams& p, const py::object& value) {
-        p.*field = value.is_none() ? nullptr : reinterpret_cast<const T*>(value.cast<uintptr_t>());
+      [](Params& p, const py::object& value) {
+        p.*field = value.is_none() ? nullptr : reinterpret_cast<Pointer>(value.cast<uintptr_t>());
       });
 }
 
@@ -102,6 +104,21 @@ bool signal_raised() {
   const bool raised = PyErr_CheckSignals() != 0;
   PyGILState_Release(state);
   return raised;
+}
+
+void check(const AppendParams& p) {
+  require(p.head_dim >= 1 && p.head_dim <= kMaxHeadDim && p.head_dim_v >= 1 && p.head_dim_v <= kMaxHeadDim,
+          "head_dim and head_dim_v must be between 1 and 256");
+  require(p.rotary_dim >= 0 && p.rotary_dim <= p.head_dim && p.rotary_dim % 2 == 0,
+          "rotary_dim must be even and at most head_dim");
+  require(p.key_lengths || p.batch == 0, "key_lengths must not be None");
+  require(!p.block_table || p.page_size >= 1, "pages need a page_size of at least 1");
+  require(p.threads >= 1, "threads must be at least 1");
+  const int64_t rows = p.batch * p.heads_kv * p.seqlen_new, queries = p.batch * p.heads_q * p.seqlen_q;
+  require(has(p.key, rows) && has(p.value, rows) && has(p.key_cache, rows) && has(p.value_cache, rows),
+          "key, value and the caches must not be None");
+  require(p.rotary_dim == 0 || (has(p.query, queries) && has(p.rotated, queries) && p.cos.data && p.sin.data),
+          "rotary needs query, rotated, cos and sin");
 }
 
 void run(void (*kernel)(const DenseParams&), const DenseParams& p) {
@@ -188,11 +205,47 @@ PYBIND11_MODULE(_native, m) {
   def_view<&DenseParams::alibi_slopes>(params, "alibi_slopes");
   def_view<&DenseParams::sinks>(params, "sinks");
   def_view<&DenseParams::grad_sinks>(params, "grad_sinks");
-  def_array<int32_t, &DenseParams::query_start>(params, "query_start");
-  def_array<int32_t, &DenseParams::key_start>(params, "key_start");
-  def_array<int32_t, &DenseParams::key_lengths>(params, "key_lengths");
-  def_array<int32_t, &DenseParams::block_table>(params, "block_table");
-  def_array<int64_t, &DenseParams::rng>(params, "rng");
+  def_array<&DenseParams::query_start>(params, "query_start");
+  def_array<&DenseParams::key_start>(params, "key_start");
+  def_array<&DenseParams::key_lengths>(params, "key_lengths");
+  def_array<&DenseParams::block_table>(params, "block_table");
+  def_array<&DenseParams::rng>(params, "rng");
+
+  py::class_<AppendParams> append(m, "AppendParams", "New rows of a KV cache; see csrc/append_params.h.");
+  append.def(py::init<>())
+      .def_readwrite("batch", &AppendParams::batch)
+      .def_readwrite("heads_q", &AppendParams::heads_q)
+      .def_readwrite("heads_kv", &AppendParams::heads_kv)
+      .def_readwrite("seqlen_q", &AppendParams::seqlen_q)
+      .def_readwrite("seqlen_new", &AppendParams::seqlen_new)
+      .def_readwrite("head_dim", &AppendParams::head_dim)
+      .def_readwrite("head_dim_v", &AppendParams::head_dim_v)
+      .def_readwrite("dtype", &AppendParams::dtype)
+      .def_readwrite("table_dtype", &AppendParams::table_dtype)
+      .def_readwrite("rotary_dim", &AppendParams::rotary_dim)
+      .def_readwrite("interleaved", &AppendParams::interleaved)
+      .def_readwrite("block_table_stride", &AppendParams::block_table_stride)
+      .def_readwrite("page_size", &AppendParams::page_size)
+      .def_readwrite("threads", &AppendParams::threads);
+  def_view<&AppendParams::query>(append, "query");
+  def_view<&AppendParams::rotated>(append, "rotated");
+  def_view<&AppendParams::key>(append, "key");
+  def_view<&AppendParams::value>(append, "value");
+  def_view<&AppendParams::key_cache>(append, "key_cache");
+  def_view<&AppendParams::value_cache>(append, "value_cache");
+  def_view<&AppendParams::cos>(append, "cos");
+  def_view<&AppendParams::sin>(append, "sin");
+  def_array<&AppendParams::key_lengths>(append, "key_lengths");
+  def_array<&AppendParams::block_table>(append, "block_table");
+
+  m.def(
+      "cpu_append",
+      [](const AppendParams& p) {
+        check(p);
+        py::gil_scoped_release release;
+        kernels_in_use().append(p);
+      },
+      py::arg("params"), "Writes key and value into the caches, and rotated if there is rotary.");
 
   m.def(
       "cpu_dense_forward",

@@ -1,6 +1,7 @@
 // The kernels for one instruction set. CMake compiles this file once per set, with FASTATTN_ISA_NAMESPACE naming it.
 #include "kernel.h"
 
+#include "append.h"
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
@@ -35,6 +36,11 @@ void backward(const DenseParams& p) {
 }
 int64_t backward_scratch(const DenseParams& p) {
   return with_pass<Backward>(p, [](const auto& pass) { return pass.scratch_bytes(); });
+}
+
+void append(const AppendParams& p) {
+  if (p.dtype == Dtype::kFloat64) return Append<double>(p).run();
+  Append<float>(p).run();
 }
 
 template <class A>
@@ -75,9 +81,8 @@ uint64_t read_memory(const void* memory, int64_t bytes) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_ISA_NAME, forward,          backward,
-                         forward_scratch,   backward_scratch, multiply_add_steps_of,
-                         read_memory};
+const Kernels kernels = {FASTATTN_ISA_NAME, forward, backward,    forward_scratch, backward_scratch,
+                         append,            multiply_add_steps_of, read_memory};
 
 }  // namespace FASTATTN_ISA_NAMESPACE
 }  // namespace fastattn

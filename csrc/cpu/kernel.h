@@ -1,6 +1,7 @@
 // What every instruction set's translation unit offers to the rest of the module.
 #pragma once
 
+#include "../append_params.h"
 #include "../dense_params.h"
 
 namespace fastattn {
@@ -14,6 +15,8 @@ struct Kernels {
   // Bytes of working memory that the kernels need at DenseParams::scratch.
   int64_t (*dense_forward_scratch)(const DenseParams&);
   int64_t (*dense_backward_scratch)(const DenseParams&);
+
+  void (*append)(const AppendParams&);
 
   // Does `steps` steps of one register tile on operands that stay in L1; returns the floating-point operations done,
   // 0 if this unit has no arithmetic of that dtype.

@@ -9,6 +9,7 @@ namespace tests {
 void test_threads();
 
 // `problems` random problems on each of the instruction sets that run here.
+void test_append(uint64_t seed, int problems);
 void test_sweep(uint64_t seed, int problems);
 
 }  // namespace tests
