@@ -38,7 +38,8 @@ class Backward {
     Elem *query, *grad_out;            // staged [rows_][ld]
     Elem *query_rows, *grad_out_rows;  // row panels [rows_ / kPack][columns]
     Real *grad_query;                  // [rows_][columns_]
-    Real *lse2, *delta;                // [rows_]
+    Real *lse2, *lse2_rest;            // [rows_], together lse log2(e): its rounding would be an error of all p of a row
+    Real* delta;                       // [rows_]
     Real *grad_key, *grad_value;       // [keys_][columns], between the query heads of a group
     int32_t* turn;                     // [tiles_], the block of keys that may add to the tile's dq
     int32_t *tiles_packed, *blocks_done;
@@ -50,6 +51,7 @@ class Backward {
       grad_out_rows = A::kPack == 1 ? grad_out : c.take<Elem>(f.rows_ / A::kPack * f.columns_v_);
       grad_query = c.take<Real>(f.rows_ * f.columns_);
       lse2 = c.take<Real>(f.rows_);
+      lse2_rest = c.take<Real>(f.rows_);
       delta = c.take<Real>(f.rows_);
       const int64_t kept_keys = f.group_ > 1 ? f.blocks_ * kBlock : 0;
       grad_key = c.take<Real>(kept_keys * f.columns_);
@@ -181,7 +183,9 @@ class Backward {
       for (int m = 0; m < kTileRows; ++m) {
         const int64_t r = i + m;
         live[m] = r < rows.end && is_live(interval, b, h, r);
-        head.lse2[r] = live[m] ? at<Real>(p_.lse, b, h, r) * Real(kLog2E) : infinity<Real>();
+        const double lse2 = live[m] ? double(at<Real>(p_.lse, b, h, r)) * kLog2E : infinity<double>();
+        head.lse2[r] = Real(lse2);
+        head.lse2_rest[r] = live[m] ? Real(lse2 - double(head.lse2[r])) : Real(0);
         if (r >= rows.end || at<Real>(p_.lse, b, h, r) == -infinity<Real>()) head.delta[r] = 0;
       }
       for (int m = 0; m < kTileRows; m += 2) {
@@ -320,7 +324,7 @@ class Backward {
 #pragma GCC unroll 2
         for (int c = 0; c < A::kPack; ++c) {
           const int64_t where = j + r * kPanelKeys + c * kLanes;
-          p[r][c] = vexp2(Reals::load(t.scores + where) * factor - head.lse2[i + r]);
+          p[r][c] = vexp2(Reals::load(t.scores + where) * factor - head.lse2[i + r] - head.lse2_rest[i + r]);
           RealVec grad_prob = Reals::load(t.grad_probs + where);
           if (dropout_.active()) grad_prob *= Reals::load(t.kept + where);
           const RealVec ds = p[r][c] * (grad_prob - head.delta[i + r]);

@@ -46,7 +46,7 @@ def bind(problem: Problem, kind: type[torch.nn.MultiheadAttention]) -> tuple[str
         named = dict(zip(PARAMETERS, parameters, strict=True))
         return torch.func.functional_call(layer, named, (x, x, x), chosen)[0]
 
-    return f"{kind.__module__.partition('.')[0]}.nn.{kind.__name__}", attend
+    return f"{kind.__module__.partition('.')[0]}.nn", attend
 
 
 class LayerJudge:

@@ -30,7 +30,7 @@ OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
 Value = Callable[[Row], "float | None"]
 Finish = Callable[["Axes", list[Row]], None]
 
-NAMES = {"naive": "naive attention", "sdpa": "torch SDPA", "fastattn": "fastattn"}
+NAMES = {"naive": "naive attention", "sdpa": "torch SDPA", "flex": "compiled flex_attention", "fastattn": "fastattn"}
 
 RC: dict[Any, Any] = {
     "figure.dpi": 130,
@@ -171,18 +171,19 @@ def _mark_missing(axes: Axes, rows: list[Row], names: Sequence[str]) -> None:
 def _speedups(rows: Sequence[Row]) -> Figure:
     """How many times as fast as each baseline fastattn is, one line a case."""
     figure, [[axes]] = new_figure(1, 1, width=9.0, height=1.3 + 0.27 * len(rows))
-    for base in ("naive", "sdpa"):
+    bases = list(dict.fromkeys(base for row in rows for base in row.speedup))
+    for base in bases:
         points = [(row.speedup[base], line) for line, row in enumerate(rows) if base in row.speedup]
-        if points:
-            colour, marker = STYLES[base]
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle="none", label=NAMES[base])
+        colour, marker = style_of(base, bases)
+        name = NAMES.get(base, base)
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle="none", label=name)
     axes.axvline(1.0, color="#777777", linewidth=0.9)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("times as fast as")
     axes.set_yticks(range(len(rows)), [_case(row) for row in rows])
     axes.invert_yaxis()
-    figure.legend(loc="outside upper right", ncols=2)
+    figure.legend(loc="outside upper right", ncols=len(bases))
     return figure
 
 

@@ -26,8 +26,8 @@ class Row:
     """One implementation on one problem. Times are milliseconds per call; fields that were not measured are None.
 
     `errors` are by tensor, relative to the largest reference value, `max_error` the one nearest to (or furthest above)
-    its bar; `extra_mib` the peak memory above the inputs, outputs and gradients included. `speedup` maps "naive" and
-    "sdpa" to the ratio of medians, and is empty for a result that failed its accuracy check.
+    its bar; `extra_mib` the peak memory above the inputs, outputs and gradients included. `speedup` maps the
+    baselines, "naive", "sdpa" and "flex", to the ratio of medians, and is empty for a result that failed its check.
     """
 
     problem: Problem

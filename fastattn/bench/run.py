@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]  # problems done, problems in all, wh
 MEMORY_SHARE = 0.7
 
 MIN_SAMPLES = 3
-BASELINES = ("naive", "sdpa")
+BASELINES = ("naive", "sdpa", "flex")
 
 
 @dataclass(frozen=True)

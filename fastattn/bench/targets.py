@@ -22,15 +22,8 @@ class Measure:
 
 
 def speedup(base: str) -> Measure:
-    """How many times as fast as another implementation."""
-
-    def of(row: Row, beside: Mapping[str, Row]) -> float | None:
-        other = beside.get(base)
-        if other is None or other.status != OK or not other.median_ms or not row.median_ms:
-            return None
-        return other.median_ms / row.median_ms
-
-    return Measure(f"x {base}", of)
+    """How many times as fast as a baseline."""
+    return Measure(f"x {base}", lambda row, beside: row.speedup.get(base))
 
 
 def _gradient_error_beside_sdpa(row: Row, beside: Mapping[str, Row]) -> float | None:
