@@ -98,7 +98,7 @@ def save(figure: Figure, path: Path, title: str, facts: str) -> Path:
     """Write the picture with its title, and the hardware it was measured on below it."""
     from matplotlib import rc_context
 
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")  # legends are on the right
     figure.supxlabel(facts, fontsize=7.5, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(RC):
