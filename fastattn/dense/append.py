@@ -6,6 +6,8 @@ Its own op, because it changes its arguments; attention over the cache is then `
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,55 +23,51 @@ _library.define(
 )
 
 
-def _kvcache_append(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor,
-    block_table: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    backend: str | None,
-) -> Tensor:
-    launcher = backends.select("dense", _requirements(query, key, value, block_table), backend)
-    _check_values(query, key_cache, key, key_lengths, block_table, cos)
-    return launcher.append(query, key_cache, value_cache, key, value, key_lengths, block_table, cos, sin, interleaved)
+@dataclass
+class Appending:
+    """New keys and values, where they go, and the rotary embedding of them and of the query."""
+
+    query: Tensor  # (B, Hq, Sq, D), standing at the end: query i at position key_lengths[b] + S_new - Sq + i
+    key_cache: Tensor  # (B, Hkv, capacity, D), or with block_table (pages, Hkv, page_size, D); written to
+    value_cache: Tensor  # the same with Dv
+    key: Tensor  # (B, Hkv, S_new, D), new key s at position key_lengths[b] + s
+    value: Tensor  # (B, Hkv, S_new, Dv)
+    key_lengths: Tensor  # (B,) int32, before the append
+    block_table: Tensor | None  # (B, pages per sequence) int32
+    cos: Tensor | None  # (positions, R / 2), with sin or neither
+    sin: Tensor | None
+    interleaved: bool  # whether columns 2c and 2c + 1 make a pair, rather than c and c + R / 2
 
 
-def _requirements(query: Tensor, key: Tensor, value: Tensor, block_table: Tensor | None) -> Requirements:
+def _kvcache_append(*args: Any) -> Tensor:
+    *fields, backend = args
+    a = Appending(*fields)
+    launcher = backends.select("dense", _requirements(a), backend)
+    _check_values(a)
+    return launcher.append(a)
+
+
+def _requirements(a: Appending) -> Requirements:
     """What every attention over this cache asks for, so that a backend that cannot run one does not append either."""
-    shape_q, shape_k, shape_v = query.shape, key.shape, value.shape
+    shape_q, shape_k, shape_v = a.query.shape, a.key.shape, a.value.shape
     features = ["query_start", "key_lengths"]
-    if block_table is not None:
+    if a.block_table is not None:
         features.append("paged")
     if shape_q[1] != shape_k[1]:
         features.append("gqa")
     if shape_q[3] != shape_v[3]:
         features.append("value_dim")
-    return Requirements(query.device.type, query.dtype, max(shape_q[3], shape_v[3]), frozenset(features))
+    return Requirements(a.query.device.type, a.query.dtype, max(shape_q[3], shape_v[3]), frozenset(features))
 
 
 _library.impl("kvcache_append", _kvcache_append, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastattn::kvcache_append", lib=_library)
-def _(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor,
-    block_table: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    backend: str | None,
-) -> Tensor:
-    return allocate_rotated(query, cos)
+def _(*args: Any) -> Tensor:
+    *fields, _ = args
+    a = Appending(*fields)
+    return allocate_rotated(a.query, a.cos)
 
 
 def allocate_rotated(query: Tensor, cos: Tensor | None) -> Tensor:
@@ -77,23 +75,16 @@ def allocate_rotated(query: Tensor, cos: Tensor | None) -> Tensor:
     return query.new_empty(query.shape if cos is not None else 0)
 
 
-def _check_values(
-    query: Tensor,
-    key_cache: Tensor,
-    key: Tensor,
-    key_lengths: Tensor,
-    block_table: Tensor | None,
-    cos: Tensor | None,
-) -> None:
+def _check_values(a: Appending) -> None:
     """Raise ValueError for lengths, pages or rotary positions that do not fit the tensors.
 
     Runs on the CPU; elsewhere only under FASTATTN_CHECK=1, because reading the values would wait for the device.
     """
-    if query.device.type != "cpu" and os.environ.get("FASTATTN_CHECK") != "1":
+    if a.query.device.type != "cpu" and os.environ.get("FASTATTN_CHECK") != "1":
         return
-    seqlen_q, seqlen_new, rows = query.shape[2], key.shape[2], key_cache.shape[2]
-    capacity = rows if block_table is None else rows * block_table.shape[1]
-    lengths = key_lengths.tolist()
+    seqlen_q, seqlen_new, rows = a.query.shape[2], a.key.shape[2], a.key_cache.shape[2]
+    capacity = rows if a.block_table is None else rows * a.block_table.shape[1]
+    lengths = a.key_lengths.tolist()
     for b, length in enumerate(lengths):
         if not 0 <= length <= capacity - seqlen_new:
             raise ValueError(
@@ -101,53 +92,31 @@ def _check_values(
                 f"{capacity} less {seqlen_new} new keys), got {length}"
             )
         end = length + seqlen_new
-        if cos is not None and not seqlen_q <= end <= cos.shape[0]:
+        if a.cos is not None and not seqlen_q <= end <= a.cos.shape[0]:
             raise ValueError(
-                f"fastattn: rotary has positions 0 to {cos.shape[0] - 1}, but the queries and new keys of sequence {b} "
-                f"stand at {min(length, end - seqlen_q)} to {end - 1}"
+                f"fastattn: rotary has positions 0 to {a.cos.shape[0] - 1}, but the queries and new keys of sequence "
+                f"{b} stand at {min(length, end - seqlen_q)} to {end - 1}"
             )
-    if block_table is not None:
-        check_pages(block_table, [length + seqlen_new for length in lengths], rows, key_cache.shape[0])
+    if a.block_table is not None:
+        check_pages(a.block_table, [length + seqlen_new for length in lengths], rows, a.key_cache.shape[0])
 
 
-def append(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor,
-    block_table: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-) -> Tensor:
+def append(a: Appending) -> Tensor:
     """Rotate the new keys and write them and their values into the caches, in place.
-
-    Args:
-        query: (B, Hq, Sq, D), standing at the end: query i at position key_lengths[b] + S_new - Sq + i.
-        key_cache: (B, Hkv, capacity, D), or with block_table (pages, Hkv, page_size, D); written to.
-        value_cache: the same with Dv.
-        key: (B, Hkv, S_new, D), new key s at position key_lengths[b] + s.
-        value: (B, Hkv, S_new, Dv).
-        key_lengths: (B,) int32, before the append.
-        block_table: (B, pages per sequence) int32.
-        cos, sin: (positions, R / 2), both or neither.
-        interleaved: whether columns 2c and 2c + 1 make a pair, rather than c and c + R / 2.
 
     Returns:
         the rotated query, contiguous; an empty tensor where cos is None.
     """
-    seqlen_q, seqlen_new = query.shape[2], key.shape[2]
-    starts = key_lengths.long()[:, None]
-    positions = starts + torch.arange(seqlen_new, device=query.device)
-    rotated = allocate_rotated(query, cos)
-    if cos is not None and sin is not None:
-        key = rotate(key, cos, sin, positions, interleaved)
+    seqlen_q, seqlen_new = a.query.shape[2], a.key.shape[2]
+    starts = a.key_lengths.long()[:, None]
+    positions = starts + torch.arange(seqlen_new, device=a.query.device)
+    rotated, key = allocate_rotated(a.query, a.cos), a.key
+    if a.cos is not None and a.sin is not None:
+        key = rotate(key, a.cos, a.sin, positions, a.interleaved)
         ends = starts + (seqlen_new - seqlen_q)
-        positions_q = ends + torch.arange(seqlen_q, device=query.device)
-        rotated.copy_(rotate(query, cos, sin, positions_q, interleaved))
-    _write((key_cache, value_cache), (key, value), positions, block_table)
+        positions_q = ends + torch.arange(seqlen_q, device=a.query.device)
+        rotated.copy_(rotate(a.query, a.cos, a.sin, positions_q, a.interleaved))
+    _write((a.key_cache, a.value_cache), (key, a.value), positions, a.block_table)
     return rotated
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import _extension
 from fastattn.backends import Capability
-from fastattn.dense.append import allocate_rotated
+from fastattn.dense.append import Appending, allocate_rotated
 from fastattn.dense.problem import Problem, allocate_backward, allocate_forward, unit_rows
 
 CAPABILITY = Capability(
@@ -186,39 +186,28 @@ def backward(
     return results
 
 
-def append(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor,
-    block_table: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-) -> Tensor:
-    """Write new keys and values into a cache; arguments and result as `fastattn.dense.append.append`."""
+def append(a: Appending) -> Tensor:
+    """Write new keys and values into a cache, as `fastattn.dense.append.append` does."""
     native = _extension.native()
     dtypes = _dtypes(native)
-    rotated = allocate_rotated(query, cos)
+    rotated = allocate_rotated(a.query, a.cos)
     params = native.AppendParams()
-    params.batch, params.heads_q, params.seqlen_q, params.head_dim = query.shape
-    params.heads_kv, params.seqlen_new, params.head_dim_v = value.shape[1:]
-    params.dtype = dtypes[query.dtype]
+    params.batch, params.heads_q, params.seqlen_q, params.head_dim = a.query.shape
+    params.heads_kv, params.seqlen_new, params.head_dim_v = a.value.shape[1:]
+    params.dtype = dtypes[a.query.dtype]
     # Kept in locals: the kernel reads them through bare pointers.
-    query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
+    query, key, value = unit_rows(a.query), unit_rows(a.key), unit_rows(a.value)
     params.key, params.value = _view(key), _view(value)
-    params.key_cache, params.value_cache = _view(key_cache), _view(value_cache)
-    params.key_lengths = key_lengths.data_ptr()
-    if block_table is not None:
-        params.block_table, params.block_table_stride = block_table.data_ptr(), block_table.stride(0)
-        params.page_size = key_cache.shape[2]
-    if cos is not None and sin is not None:
+    params.key_cache, params.value_cache = _view(a.key_cache), _view(a.value_cache)
+    params.key_lengths = a.key_lengths.data_ptr()
+    if a.block_table is not None:
+        params.block_table, params.block_table_stride = a.block_table.data_ptr(), a.block_table.stride(0)
+        params.page_size = a.key_cache.shape[2]
+    if a.cos is not None and a.sin is not None:
         params.query, params.rotated = _view(query), _view(rotated)
-        params.cos, params.sin = _view(cos[None, None]), _view(sin[None, None])
-        params.table_dtype, params.rotary_dim = dtypes[cos.dtype], 2 * cos.shape[1]
-        params.interleaved = interleaved
+        params.cos, params.sin = _view(a.cos[None, None]), _view(a.sin[None, None])
+        params.table_dtype, params.rotary_dim = dtypes[a.cos.dtype], 2 * a.cos.shape[1]
+        params.interleaved = a.interleaved
     params.threads = torch.get_num_threads()
     native.cpu_append(params)
     return rotated

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import FEATURES, Capability
-from fastattn.dense.append import allocate_rotated
+from fastattn.dense.append import Appending, allocate_rotated
 from fastattn.dense.problem import Problem, allocate_backward, allocate_forward, unit_rows
 from fastattn.dense.triton_launch import (
     INTERPRETED,
@@ -193,59 +193,48 @@ def _forward_split(launch: Launch, out: Tensor, lse: Tensor) -> None:
         )
 
 
-def append(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor,
-    block_table: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-) -> Tensor:
-    """Write new keys and values into a cache; arguments and result as `fastattn.dense.append.append`."""
-    rotated = allocate_rotated(query, cos)
-    batch, heads, seqlen_q, head_dim = query.shape
-    kv_heads, seqlen_new = key.shape[1:3]
-    rows = key_cache.shape[2]
+def append(a: Appending) -> Tensor:
+    """Write new keys and values into a cache, as `fastattn.dense.append.append` does."""
+    rotated = allocate_rotated(a.query, a.cos)
+    batch, heads, seqlen_q, head_dim = a.query.shape
+    kv_heads, seqlen_new = a.key.shape[1:3]
+    rows = a.key_cache.shape[2]
     new_rows = batch * kv_heads * seqlen_new
-    programs = new_rows + (0 if cos is None else batch * heads * seqlen_q)
-    query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
-    half = 0 if cos is None else cos.shape[1]
+    programs = new_rows + (0 if a.cos is None else batch * heads * seqlen_q)
+    query, key, value = unit_rows(a.query), unit_rows(a.key), unit_rows(a.value)
+    half = 0 if a.cos is None else a.cos.shape[1]
     run(
         kernels().append.append_kernel,
         programs,
         *matrix(query),
-        *(matrix(rotated) if cos is not None else (None, 0, 0, 0)),
+        *(matrix(rotated) if a.cos is not None else (None, 0, 0, 0)),
         *matrix(key),
         *matrix(value),
-        *matrix(key_cache),
-        key_cache.stride(3),
-        *matrix(value_cache),
-        value_cache.stride(3),
-        key_lengths,
-        block_table,
-        0 if block_table is None else block_table.stride(0),
-        key_cache.shape[0],
-        *((None, 0) if cos is None else (unit_rows(cos), unit_rows(cos).stride(0))),
-        *((None, 0) if sin is None else (unit_rows(sin), unit_rows(sin).stride(0))),
-        0 if cos is None else cos.shape[0],
+        *matrix(a.key_cache),
+        a.key_cache.stride(3),
+        *matrix(a.value_cache),
+        a.value_cache.stride(3),
+        a.key_lengths,
+        a.block_table,
+        0 if a.block_table is None else a.block_table.stride(0),
+        a.key_cache.shape[0],
+        *((None, 0) if a.cos is None else (unit_rows(a.cos), unit_rows(a.cos).stride(0))),
+        *((None, 0) if a.sin is None else (unit_rows(a.sin), unit_rows(a.sin).stride(0))),
+        0 if a.cos is None else a.cos.shape[0],
         heads,
         kv_heads,
         new_rows,
         seqlen_q,
         seqlen_new,
-        rows if block_table is None else rows * block_table.shape[1],
+        rows if a.block_table is None else rows * a.block_table.shape[1],
         D=head_dim,
         BLOCK_D=padded(head_dim),
         DV=value.shape[3],
         BLOCK_DV=padded(value.shape[3]),
         HALF=half,
         BLOCK_HALF=padded(half),
-        INTERLEAVED=interleaved,
-        PAGE=None if block_table is None else rows,
+        INTERLEAVED=a.interleaved,
+        PAGE=None if a.block_table is None else rows,
     )
     return rotated
 
