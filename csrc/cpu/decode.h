@@ -4,8 +4,8 @@
 // of a fixed size, so that threads have work however few heads there are and results do not depend on their number
 // (Flash-Decoding, Dao et al., 2023). A few rows of K at a time meet a few query rows: each pair keeps a sum in
 // registers, and a transposition that adds turns the sums' lanes into scores. Rows to come are fetched meanwhile, a few
-// lines at a time: all at once they would wait for each other, and the processor's own prefetching ends at every page
-// (of the read bandwidth 66 % instead of 52 %). A head's chunks are merged once all of them are done.
+// lines at a time: all at once they would wait for each other, and the processor's own prefetching ends at every page.
+// A head's chunks are merged once all of them are done.
 #pragma once
 
 #include "gemm.h"
