@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastattn._version import __version__
@@ -12,25 +13,39 @@ from fastattn.dense.varlen import attention_varlen
 from fastattn.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from fastattn.integrations.sdpa import activate, activated, deactivate, override_sdpa
     from fastattn.nn import replace_attention, restore_attention
 
 __all__ = [
     "UnsupportedError",
     "__version__",
+    "activate",
+    "activated",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
+    "deactivate",
     "explain",
     "merge_partials",
+    "override_sdpa",
     "replace_attention",
     "restore_attention",
     "scaled_dot_product_attention",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("replace_attention", "restore_attention"):
-        from fastattn import nn
+# Imported when first used: their modules cost time that most programs need not pay.
+_LAZY = {
+    "activate": "fastattn.integrations.sdpa",
+    "activated": "fastattn.integrations.sdpa",
+    "deactivate": "fastattn.integrations.sdpa",
+    "override_sdpa": "fastattn.integrations.sdpa",
+    "replace_attention": "fastattn.nn",
+    "restore_attention": "fastattn.nn",
+}
 
-        return getattr(nn, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastattn' has no attribute '{name}'")

@@ -9,6 +9,9 @@ On CUDA this has been checked against the operators' schemas only; it has not ru
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -31,6 +34,21 @@ CAPABILITY = Capability(
 )
 
 _aten = torch.ops.aten
+_thread = threading.local()
+
+
+def calling() -> bool:
+    """Whether this thread is in one of the operators for this backend, which means torch's own, whoever replaced it."""
+    return getattr(_thread, "calling", False)
+
+
+@contextmanager
+def _own_operators() -> Iterator[None]:
+    _thread.calling = True
+    try:
+        yield
+    finally:
+        _thread.calling = False
 
 
 def _sign(p: Problem) -> float:
@@ -79,12 +97,13 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     query, key, value = _inputs(p)
     causal, options = p.window_right == 0, {"scale": abs(p.scale) or 1.0}
     results: Any
-    if p.query.device.type == "cpu":
-        results = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, **options)
-    elif _takes_cudnn(p):
-        results = _aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, causal, **options)
-    else:
-        results = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, **options)
+    with _own_operators():
+        if p.query.device.type == "cpu":
+            results = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, **options)
+        elif _takes_cudnn(p):
+            results = _aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, causal, **options)
+        else:
+            results = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, **options)
     out, lse = results[0][..., : p.value.shape[3]], results[1].reshape(p.query.shape[:3])
     # Copies only where the operator chose another layout: it follows query's.
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
@@ -104,19 +123,20 @@ def backward(
     causal, options = p.window_right == 0, {"scale": abs(p.scale) or 1.0}
     lengths = (p.query.shape[2], p.key.shape[2])
     grads: tuple[Tensor, Tensor, Tensor]
-    if p.query.device.type == "cpu":
-        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, causal, **options)
-    elif _takes_cudnn(p):
-        # The seed and offset of a dropout that there is not; no bias, no packed sequences.
-        rng = p.query.new_zeros((), dtype=torch.int64)
-        grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            *tensors, lse[..., None], rng, rng, None, None, None, *lengths, 0.0, causal, **options
-        )
-    else:
-        rng = p.query.new_zeros(2, dtype=torch.int64 if torch.version.hip else torch.uint64)
-        grads = _aten._scaled_dot_product_flash_attention_backward(
-            *tensors, lse, None, None, *lengths, 0.0, causal, rng, rng[:1], **options
-        )
+    with _own_operators():
+        if p.query.device.type == "cpu":
+            grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, causal, **options)
+        elif _takes_cudnn(p):
+            # The seed and offset of a dropout that there is not; no bias, no packed sequences.
+            rng = p.query.new_zeros((), dtype=torch.int64)
+            grads = _aten._scaled_dot_product_cudnn_attention_backward(
+                *tensors, lse[..., None], rng, rng, None, None, None, *lengths, 0.0, causal, **options
+            )
+        else:
+            rng = p.query.new_zeros(2, dtype=torch.int64 if torch.version.hip else torch.uint64)
+            grads = _aten._scaled_dot_product_flash_attention_backward(
+                *tensors, lse, None, None, *lengths, 0.0, causal, rng, rng[:1], **options
+            )
     found = [grad[..., : p.query.shape[3]] for grad in grads]
     if p.scale <= 0:
         found[0] = found[0] * _sign(p)

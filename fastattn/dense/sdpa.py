@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn.dense import arguments as check
 from fastattn.dense.api import attention
+from fastattn.dense.arguments import Options
 
 
 def scaled_dot_product_attention(
@@ -34,6 +35,26 @@ def scaled_dot_product_attention(
 
     Returns:
         (N, ..., Hq, L, Ev).
+    """
+    q, k, v, options, leading = canonical(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    out = attention(q, k, v, **options)
+    return out.reshape(*leading, *out.shape[-2:]) if len(leading) != 2 else out
+
+
+def canonical(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Options, tuple[int, ...]]:
+    """A call as `attention` takes it: query, key and value with four axes, its options, and the result's leading axes.
+
+    Raises:
+        TypeError, ValueError: as `scaled_dot_product_attention`.
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
@@ -64,19 +85,15 @@ def scaled_dot_product_attention(
         mask = attn_mask
         if mask.dim() > 4 or (mask.dim() > 2 and query.dim() != 4):
             mask = _four_axes(mask.expand(*query.shape[:-2] if enable_gqa else batch, *mask.shape[-2:]))
-    out = attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        causal=is_causal,
-        query_start=0,
-        dropout_p=dropout_p,
-        scale=scale,
-    )
+    options: Options = {
+        "attn_mask": mask,
+        "causal": is_causal,
+        "query_start": 0,
+        "dropout_p": dropout_p,
+        "scale": scale,
+    }
     heads = (query.shape[-3],) if enable_gqa else ()
-    leading = (*batch, *heads)
-    return out.reshape(*leading, *out.shape[-2:]) if len(leading) != 2 else out
+    return q, k, v, options, (*batch, *heads)
 
 
 def _four_axes(t: Tensor) -> Tensor:
