@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from fastattn.dense.arguments import Options
 from fastattn.dense.op import attention_op
 from fastattn.dense.philox import draw_rng
 from fastattn.dense.problem import LSE_DTYPE, Problem, default_scale
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @overload
@@ -28,7 +31,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     query_start: int | Tensor | None = None,
@@ -64,7 +67,8 @@ def attention(
         key: (B, Hkv, Sk, D), Hq a multiple of Hkv (grouped-query attention).
         value: (B, Hkv, Sk, Dv).
         attn_mask: broadcastable to (B, Hq, Sq, Sk): bool (True keeps the key) or float in query's dtype or float32
-            (added to the scores; -inf masks the key; differentiable).
+            (added to the scores; -inf masks the key; differentiable). Or flex_attention's BlockMask, made for
+            (B or 1, Hq or 1, Sq, Sk); it is expanded to a bool tensor of that shape.
         causal: keys after the query's position are not seen.
         window: (left, right) keys around the position, both ends included; None leaves a side unlimited.
         query_start: key position of the first query, an int or an integer tensor (B,).
@@ -126,7 +130,7 @@ def normalise(
     value: Tensor,
     shape: tuple[int, int, int, int],
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     query_start: int | Tensor | None = None,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from fastattn import backends
+from fastattn import backends, blockmask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Options(TypedDict, total=False):
     """The keyword arguments of `attention` and `attention_varlen`, but for return_lse, which decides their result."""
 
-    attn_mask: Tensor | None
+    attn_mask: Tensor | BlockMask | None
     causal: bool
     window: tuple[int | None, int | None] | None
     query_start: int | Tensor | None
@@ -165,8 +168,10 @@ def attn_mask(value: Any, shape: tuple[int, int, int, int], like: Tensor) -> Ten
     """The mask with four axes, each of size 1 or full."""
     if value is None:
         return None
+    if blockmask.is_block_mask(value):
+        value = blockmask.dense_mask(value, shape)
     if not isinstance(value, Tensor):
-        raise TypeError(f"fastattn: attn_mask must be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"fastattn: attn_mask must be a torch.Tensor or a BlockMask, got {type(value).__name__}")
     if value.dtype not in (torch.bool, torch.float32, like.dtype):
         raise TypeError(f"fastattn: attn_mask must be bool, float32 or query's dtype {like.dtype}, got {value.dtype}")
     if value.device != like.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Required, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from fastattn.dense import arguments as check
 from fastattn.dense.api import normalise
 from fastattn.dense.op import attention_op, transformed
 from fastattn.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Rotary = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, bool]
 
@@ -25,7 +28,7 @@ class CacheOptions(TypedDict, total=False):
     key_lengths: Required[Tensor]
     block_table: Tensor | None
     rotary: Rotary | None
-    attn_mask: Tensor | None
+    attn_mask: Tensor | BlockMask | None
     causal: bool
     window: tuple[int | None, int | None] | None
     key_start: Tensor | None
@@ -65,7 +68,7 @@ def attention_with_kvcache(
     key_lengths: Tensor,
     block_table: Tensor | None = None,
     rotary: Rotary | None = None,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     key_start: Tensor | None = None,
@@ -100,7 +103,7 @@ def attention_with_kvcache(
             The first R columns of the new keys and of the queries turn by their positions (RoPE, Su et al.,
             arXiv:2104.09864) before use, in float32 (float64 for float64); query itself is not changed. interleaved =
             False pairs column c with c + R / 2 (GPT-NeoX, Llama), True 2c with 2c + 1 (GPT-J). Needs key.
-        attn_mask: broadcastable to (B, Hq, Sq, capacity), bool or float.
+        attn_mask: broadcastable to (B, Hq, Sq, capacity), bool or float, or a BlockMask.
         causal, window, key_start, softcap, alibi_slopes, sinks, scale, return_lse, deterministic, backend: as in
             `attention`.
 
@@ -160,7 +163,7 @@ def attention_with_kvcache(
         value_cache=value_cache,
         key=key,
         value=value,
-        attn_mask=attn_mask,
+        attn_mask=problem.attn_mask,
         sinks=sinks,
         cos=cos,
         sin=sin,

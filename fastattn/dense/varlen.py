@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from fastattn.dense import arguments as check
 from fastattn.dense.api import normalise
 from fastattn.dense.arguments import Options
 from fastattn.dense.op import attention_op
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @overload
@@ -48,7 +51,7 @@ def attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     query_start: int | Tensor | None = None,
@@ -71,7 +74,7 @@ def attention_varlen(
         value: (total_k, Hkv, Dv).
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starting at 0 and not decreasing.
         max_seqlen_q, max_seqlen_k: longest sequence on either side, or more.
-        attn_mask: broadcastable to (B, Hq, max_seqlen_q, max_seqlen_k).
+        attn_mask: broadcastable to (B, Hq, max_seqlen_q, max_seqlen_k), or a BlockMask.
 
     Returns:
         out (total_q, Hq, Dv), or (out, lse) with lse (Hq, total_q). Rows past the last sequence are 0, their LSE -inf.

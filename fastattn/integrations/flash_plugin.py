@@ -228,7 +228,7 @@ def _like(query: Tensor, out: Tensor) -> Tensor:
 
 def _gradients(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """Gradients of query, key and value, below autograd."""
-    return tuple(torch.ops.fastattn.dense_backward(out, lse.contiguous(), grad_out, None, False, *p.args())[:3])
+    return tuple(torch.ops.fastattn.dense_backward(out, lse, grad_out, None, False, *p.args())[:3])
 
 
 def _described(
