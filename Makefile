@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 bench: $(VENV)/installed
 	$(BIN)/fastattn bench --preset quickstart --out benchmarks/results/latest
 
-test: $(VENV)/installed
+test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests
 
 # Lint, types, the C++ core under sanitizers and for aarch64, the bfloat16 dot-product kernels by emulation, a wheel
@@ -46,14 +46,20 @@ $(VENV)/torch:
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	@echo "== building and installing fastattn with its C++ kernels (about a minute)"
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[cli]'
 	@touch $@
 
-$(VENV)/installed-check: $(VENV)/installed
-	$(PIP) --editable '.[test,check]'
+# torch is named again so that what depends on it (timm's torchvision) is taken in the version that fits.
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "== installing what the tests need"
+	$(PIP) --editable '.[test]' '$(TORCH)'
 	@touch $@
 
-$(OLDEST_TRITON): $(VENV)/installed
+$(VENV)/installed-check: $(VENV)/installed-test
+	$(PIP) --editable '.[test,check]' '$(TORCH)'
+	@touch $@
+
+$(OLDEST_TRITON): $(VENV)/installed-test
 	$(PIP) --target $@ --no-deps triton==3.6.0
 
 clean:
