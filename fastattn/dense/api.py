@@ -93,7 +93,7 @@ def attention(
         UnsupportedError: the named backend cannot run this call.
     """
     check.flag("return_lse", return_lse)
-    problem = _problem(
+    problem = problem_of(
         query,
         key,
         value,
@@ -115,7 +115,8 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _problem(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Problem:
+def problem_of(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Problem:
+    """The `Problem` of a call of `attention`, its arguments checked."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         check.tensor(name, t, 4, "(batch, heads, seqlen, head_dim)")
     query, key, value = check.autocast(query, key, value)
@@ -188,13 +189,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> backen
     """
     check.flag("return_lse", options.pop("return_lse", False))
     dropout_p = options.pop("dropout_p", 0.0)
-    problem = _problem(query, key, value, **options)
-    extra = ["dropout"] if check.dropout(dropout_p) > 0 else []
-    if torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in (query, key, value, problem.attn_mask, problem.sinks)):
-            extra.append("backward")
-        if problem.attn_mask is not None and problem.attn_mask.requires_grad:
-            extra.append("bias_grad")
+    problem = problem_of(query, key, value, **options)
+    extra = [*problem.gradient_features(), *(["dropout"] if check.dropout(dropout_p) > 0 else [])]
     return backends.explain("dense", problem.requirements(*extra), problem.backend)
 
 

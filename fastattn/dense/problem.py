@@ -117,6 +117,15 @@ class Problem:
             1 << bits_q if bits_q == bits_k else 0,
         )
 
+    def gradient_features(self) -> list[str]:
+        """What a call that starts now will ask of the backward."""
+        if not torch.is_grad_enabled():
+            return []
+        mask_grad = self.attn_mask is not None and self.attn_mask.requires_grad
+        others = (self.query, self.key, self.value, self.sinks)
+        some = mask_grad or any(t is not None and t.requires_grad for t in others)
+        return [name for name, needed in (("backward", some), ("bias_grad", mask_grad)) if needed]
+
     def check_values(self) -> None:
         """Raise ValueError for lengths or boundaries that do not fit the tensors.
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from fastattn import backends
+from fastattn.dense import delegate
+from fastattn.dense.problem import Problem
+from fastattn.errors import UnsupportedError
 
 Place = Literal["fastattn", "torch"]
 
@@ -40,6 +43,18 @@ class CallReport:
     __repr__ = __str__
 
 
-def refusals(verdicts: backends.Explanation) -> str:
-    """Why none of fastattn's kernels runs a call."""
-    return "; ".join(f"{v.backend}: {', '.join(v.reasons)}" for v in verdicts if v.backend in OWN_KERNELS)
+def selected(p: Problem, *extra: str) -> tuple[str | None, str]:
+    """(None, fastattn's backend for a problem), or (why it should be torch's own, "")."""
+    if delegate.calling():
+        return "asked for by name: backend='sdpa'", ""
+    needs = p.requirements(*extra)
+    try:
+        backend = backends.select("dense", needs, None).CAPABILITY.backend
+    except UnsupportedError as error:
+        return str(error).removeprefix("fastattn: "), ""
+    if backend == backends.DELEGATE:
+        return "recorded as faster on this device", ""
+    if backend not in OWN_KERNELS:
+        verdicts = backends.explain("dense", needs, None)
+        return "; ".join(f"{v.backend}: {', '.join(v.reasons)}" for v in verdicts if v.backend in OWN_KERNELS), ""
+    return None, backend

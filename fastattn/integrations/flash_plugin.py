@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from fastattn import backends
-from fastattn.dense import delegate
 from fastattn.dense.api import normalise
 from fastattn.dense.problem import Problem
-from fastattn.errors import UnsupportedError
-from fastattn.integrations.calls import OWN_KERNELS, CallReport, Place, refusals
+from fastattn.integrations.calls import CallReport, Place, selected
 
 MATH = "_scaled_dot_product_attention_math"
 
@@ -77,28 +74,13 @@ class Activation:
 
     def choose(self, p: Problem | str) -> str | None:
         """Why a forward should run on torch's own kernel, or None; counted either way."""
-        why, backend = (p, "") if isinstance(p, str) else _selected(p)
+        why, backend = (p, "") if isinstance(p, str) else selected(p)
         self._count("torch" if why else "fastattn", why or backend)
         return why
 
     def _count(self, place: Place, why: str) -> None:
         with self._lock:
             self.report.add(place, why)
-
-
-def _selected(p: Problem, *extra: str) -> tuple[str | None, str]:
-    """(None, fastattn's backend for a problem), or (why it should be torch's own, "")."""
-    if delegate.calling():
-        return "asked for by name: backend='sdpa'", ""
-    try:
-        backend = backends.select("dense", p.requirements(*extra), None).CAPABILITY.backend
-    except UnsupportedError as error:
-        return str(error).removeprefix("fastattn: "), ""
-    if backend == backends.DELEGATE:
-        return "recorded as faster on this device", ""
-    if backend not in OWN_KERNELS:
-        return refusals(backends.explain("dense", p.requirements(*extra), None)), ""
-    return None, backend
 
 
 def _problem(query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, scale: Any) -> Problem:
@@ -145,7 +127,7 @@ def _cpu_operators(plugin: Activation) -> dict[str, Callable]:
         **options: Any,
     ) -> Any:
         p = problem(query, key, value, dropout_p, is_causal, options)
-        if isinstance(p, str) or _selected(p, "backward")[0]:
+        if isinstance(p, str) or selected(p, "backward")[0]:
             args = (grad_out, query, key, value, out, lse, dropout_p, is_causal)
             return plugin.native(f"{name}_backward", keys, *args, **options)
         return tuple(g.transpose(1, 2).contiguous().transpose(1, 2) for g in _gradients(p, grad_out, out, lse))
@@ -211,7 +193,7 @@ def _cuda_operators(plugin: Activation) -> dict[str, Callable]:
         scale: float | None = None,
     ) -> Any:
         p = problem(query, key, value, dropout_p, is_causal, scale)
-        if isinstance(p, str) or _selected(p, "backward")[0]:
+        if isinstance(p, str) or selected(p, "backward")[0]:
             args = (grad_out, query, key, value, out, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal)
             return plugin.native(f"{name}_backward", keys, *args, *rng, scale=scale)
         return _gradients(p, grad_out, out, lse)

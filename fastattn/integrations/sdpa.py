@@ -25,9 +25,12 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.overrides import TorchFunctionMode
 
-from fastattn.dense.api import explain
+from fastattn.dense import arguments as check
+from fastattn.dense.api import problem_of
+from fastattn.dense.op import attention_op
+from fastattn.dense.philox import draw_rng
 from fastattn.dense.sdpa import canonical, scaled_dot_product_attention
-from fastattn.integrations.calls import OWN_KERNELS, CallReport, refusals
+from fastattn.integrations.calls import CallReport, selected
 from fastattn.integrations.flash_plugin import Activation
 
 NAME = "fastattn"  # in torch's registry
@@ -117,12 +120,23 @@ class override_sdpa(TorchFunctionMode):
         if torch.compiler.is_compiling():
             self.report.add("fastattn", "traced into compiled code")
             return scaled_dot_product_attention(*args, **kwargs)
-        backend, why = _override(*args, **kwargs)
-        if backend is None:
+        try:
+            query, key, value, options, leading = canonical(*args, **kwargs)
+            dropout_p = check.dropout(options.pop("dropout_p"))
+            problem = problem_of(query, key, value, **options)
+        except (TypeError, ValueError) as error:  # torch's to compute, or to refuse in its own words
+            why: str | None = str(error).removeprefix("fastattn: ")
+        else:
+            dropout = ["dropout"] if dropout_p > 0 else []
+            why, backend = selected(problem, *problem.gradient_features(), *dropout)
+        if why:
             self.report.add("torch", why)
             return F.scaled_dot_product_attention(*args, **kwargs)
         self.report.add("fastattn", backend)
-        return scaled_dot_product_attention(*args, **kwargs)
+        if dropout:
+            problem.dropout_p, problem.rng = dropout_p, draw_rng(query.device)
+        out, _ = attention_op(problem, lse_grad=False)
+        return out.reshape(*leading, *out.shape[-2:])
 
 
 # Python functions of torch's that attend within, the others where they recompute a checkpointed block.
@@ -139,16 +153,3 @@ def _without_check(func: types.FunctionType) -> Callable:
     copy = types.FunctionType(func.__code__, {**func.__globals__, **checks}, func.__name__, func.__defaults__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
-
-
-def _override(*args: Any, **kwargs: Any) -> tuple[str | None, str]:
-    """(fastattn's backend for a call, ""), or (None, why it should be torch's own)."""
-    try:
-        query, key, value, options, _ = canonical(*args, **kwargs)
-        verdicts = explain(query, key, value, **options)
-    except (TypeError, ValueError) as error:  # torch's to compute, or to refuse in its own words
-        return None, str(error).removeprefix("fastattn: ")
-    chosen = next((verdict for verdict in verdicts if verdict.selected), None)
-    if chosen is None or chosen.backend not in OWN_KERNELS:
-        return None, refusals(verdicts) if chosen is None or not chosen.note else chosen.note
-    return chosen.backend, ""

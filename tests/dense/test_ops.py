@@ -20,7 +20,7 @@ import fastattn
 from fastattn import verify
 from fastattn.backends import capabilities
 from fastattn.dense import op
-from fastattn.dense.api import _problem
+from fastattn.dense.api import problem_of
 
 BACKENDS = verify.backends_on("cpu", own=True)  # PyTorch's own attention: test_delegate.py
 TABLES = {c.backend: c for c in capabilities("dense")}
@@ -88,7 +88,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 def test_opcheck(backend: str, option: str) -> None:
     """Fails where an op writes or aliases an input, or fake and real disagree in shape, stride or dtype."""
     q, k, v = (t.detach() for t in random_qkv())
-    p = _problem(q, k, v, backend=backend, **chosen(option))
+    p = problem_of(q, k, v, backend=backend, **chosen(option))
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.fastattn.dense_forward, p.args(), test_utils=utils)
     out, lse = torch.ops.fastattn.dense_forward(*p.args())
@@ -124,7 +124,7 @@ def test_strides_are_those_of_the_fake(backend: str, layout: str, packed: bool) 
         assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
     assert real[0].is_contiguous() if packed else real[0].transpose(1, 2).is_contiguous()
     if not packed:
-        p = _problem(q, k, v, backend=backend)
+        p = problem_of(q, k, v, backend=backend)
         args = (*torch.ops.fastattn.dense_forward(*p.args()), torch.randn_like(real[0]), None, False, *p.args())
         real_grads = torch.ops.fastattn.dense_backward(*args)
         with torch._subclasses.FakeTensorMode() as mode:
