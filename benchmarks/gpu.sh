@@ -69,7 +69,7 @@ part_install() {
 }
 
 part_tests() {
-    local select=(tests/dense -k "triton or cuda" -p no:cacheprovider)
+    local select=(tests/dense tests/integrations/test_sdpa.py -k "triton or cuda" -p no:cacheprovider)
     if [ -n "$DRY" ]; then
         # The interpreter's tests are part of the ordinary ones; here it counts that they can be found.
         run "$PYTHON" -m pytest --collect-only -q "${select[@]}" || [ $? -eq 5 ]

@@ -400,3 +400,24 @@ def test_cuda_operators_on_cpu_tensors() -> None:
         == len(torch.ops.aten._scaled_dot_product_flash_attention_backward.default._schema.arguments) - 1
     )
     assert str(plugin.report).count("torch:") == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.2}])
+def test_on_cuda(options: dict[str, Any]) -> None:
+    """Fails if torch's selector does not get to fastattn (cuDNN is asked first on Hopper), if results are off, or if
+    the selector's order stays changed."""
+    leaves = [torch.randn(2, 4, 200, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    expected = outcome(leaves, options)
+    before = torch._C._get_sdp_priority_order()
+    with fastattn.activated() as report:
+        found = outcome(leaves, options)
+    assert report.items() == [(("fastattn", "triton"), 1)]
+    assert torch._C._get_sdp_priority_order() == before
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    exact = [t.detach().float().requires_grad_() for t in leaves]
+    expected = outcome(exact, options)
+    with fastattn.override_sdpa() as report:
+        found = outcome(exact, options)
+    assert report.items() == [(("fastattn", "triton"), 1)]
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
