@@ -84,8 +84,8 @@ def attention_with_kvcache(
 
     With L[b] = key_lengths[b] + S_new (S_new = 0 without key), sequence b has the keys j < L[b], and its queries stand
     at the end: query i at key position L[b] - Sq + i. What lies past L[b] in the cache may be anything, NaN included.
-    The contract is that of flash-attn's `flash_attn_with_kvcache`, but for rotary without causal: there every query
-    turns by the position key_lengths[b], here each by its own.
+    The contract is that of flash-attn's `flash_attn_with_kvcache`, but for rotary: there query i turns by the position
+    key_lengths[b] + i if causal or windowed, else by key_lengths[b]; here always by its own at the end.
 
     Args:
         query: (B, Hq, Sq, D), float32, bfloat16, float16 or float64.
