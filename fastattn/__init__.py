@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 from fastattn._version import __version__
 from fastattn.dense.api import attention, explain, merge_partials
 from fastattn.dense.kvcache import attention_with_kvcache
+from fastattn.dense.probabilities import attention_weights
 from fastattn.dense.sdpa import scaled_dot_product_attention
 from fastattn.dense.varlen import attention_varlen
 from fastattn.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from fastattn import maps
+    from fastattn.bench.profile import profile_model
     from fastattn.integrations.sdpa import activate, activated, deactivate, override_sdpa
     from fastattn.nn import replace_attention, restore_attention
 
@@ -23,11 +26,14 @@ __all__ = [
     "activated",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "attention_with_kvcache",
     "deactivate",
     "explain",
+    "maps",
     "merge_partials",
     "override_sdpa",
+    "profile_model",
     "replace_attention",
     "restore_attention",
     "scaled_dot_product_attention",
@@ -40,12 +46,15 @@ _LAZY = {
     "activated": "fastattn.integrations.sdpa",
     "deactivate": "fastattn.integrations.sdpa",
     "override_sdpa": "fastattn.integrations.sdpa",
+    "profile_model": "fastattn.bench.profile",
     "replace_attention": "fastattn.nn",
     "restore_attention": "fastattn.nn",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "maps":
+        return importlib.import_module("fastattn.maps")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastattn' has no attribute '{name}'")

@@ -45,7 +45,7 @@ def dense_mask(block_mask: BlockMask, shape: tuple[int, int, int, int]) -> Tenso
         )
     partial = _kept_blocks(block_mask.kv_num_blocks, block_mask.kv_indices)
     full = torch.zeros_like(partial)
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         full = _kept_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     keep = block_mask.mask_mod
     for axis in (3, 2, 1, 0):  # each index its own axis, the batch first

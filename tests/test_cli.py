@@ -1,5 +1,6 @@
 """Fails if a command breaks, exits with the wrong code, shows a traceback for a user's mistake, or loses its help."""
 
+import contextlib
 import json
 import os
 import sys
@@ -7,9 +8,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from fastattn import cli
 from fastattn.bench.results import Results
-from fastattn.cli import app
+from fastattn.cli import app, bench
 
 runner = CliRunner(env={"NO_COLOR": "1", "COLUMNS": "120", "TERM": "dumb"})
 TINY = ("--seqlen", "32,64", "--head-dim", "16", "--time-limit", "60", "--device", "cpu")
@@ -28,7 +28,7 @@ def invoke(*arguments, code=0):
         ((), ("info", "explain", "verify", "bench", "profile")),
         (("bench",), ("--seqlen", "--preset", "--time-limit", "compare")),
         (("bench", "compare"), ("--fail-on", "A.json")),
-        (("profile",), ("--model", "--seqlen")),
+        (("profile",), ("--model", "--seqlen", "--time-limit", "def factory(seqlen):", "my_model.py:factory")),
         (("explain",), ("--window", "--dropout")),
         (("verify",), ("--record", "--backend")),
         (("info",), ()),
@@ -102,6 +102,11 @@ def test_bench_keeps_going_past_an_implementation_that_cannot_run(tmp_path):
         (("bench", "compare", "missing-a.json", "missing-b.json"), "missing-a.json"),
         (("profile", "--model", "magic"), "op, layer, lm"),
         (("profile", "--device", "abacus"), "abacus"),
+        (("profile", "--mode", "bwd"), "fwd, fwdbwd"),
+        (("profile", "--dtype", "fp32,bf16"), "one at a time"),
+        (("profile", "--impl", "original"), "naive, sdpa, fastattn"),
+        (("profile", "--model", "m:f", "--impl", "naive"), "original, replaced, activated"),
+        (("profile", "--model", "m:f", "--heads", "2", "--full"), "heads, causal: the factory"),
         (("explain", "--window", "7"), "LEFT,RIGHT"),
         (("verify", "--backend", "magic"), "magic"),
     ],
@@ -135,11 +140,48 @@ def test_profile_fits_and_writes(tmp_path):
     )
     assert "quadratic" in text
     assert "tokens" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"profile_op.json", "profile_op.png", "profile_op.html"}
     document = json.loads((tmp_path / "profile_op.json").read_text())
+    assert all(point["figures"]["median_ms"] > 0 for point in document["points"])
     growth = {g["implementation"]: g for g in document["growth"]}
     assert growth["naive"]["dominant"] == "quadratic"
     assert growth["naive"]["longest"] < growth["fastattn"]["longest"]
     assert (tmp_path / "profile_op.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_profile_of_a_users_model(monkeypatch, tmp_path, interrupt):
+    """With a stand-in for the measuring process. Fails if an option is lost on its way there, if Ctrl-C loses what was
+    measured, or does not show in the exit code."""
+    from fastattn.bench import profile
+    from fastattn.bench.point import Figures, Inspection
+
+    class Measurer(contextlib.AbstractContextManager):
+        def __exit__(self, *exc_info):
+            pass
+
+        def inspect(self, subject):
+            return Inspection("Net", 7, ["float32"], ["(1,)"], None, "")
+
+        def measure(self, subject):
+            if interrupt and subjects:
+                raise KeyboardInterrupt
+            subjects.append(subject)
+            return Figures(1, 1, 1, 1, None, None, None, 1.0, 1.0, 1.0, 3)
+
+    subjects = []
+    monkeypatch.setattr(profile, "Measurer", Measurer)
+    options = "--model dir/m.py:A.f --seqlen 64,256 --impl original,overridden --mode fwd --time-limit 9 --device cpu"
+    text = invoke("profile", *options.split(), "--out", tmp_path, code=130 if interrupt else 0)
+    assert ("interrupted" in text) == interrupt
+    first = subjects[0]
+    assert (first.what, first.mode, first.time_limit, first.device) == ("dir/m.py:A.f", "fwd", 9.0, "cpu")
+    points = [(s.seqlen, s.implementation) for s in subjects]
+    everything = [(64, "original"), (64, "overridden"), (256, "overridden"), (256, "original")]
+    assert points == everything[: 1 if interrupt else 4]
+    for suffix in ("json", "png", "html"):
+        assert f"written: {tmp_path / 'profile_m_A_f'}.{suffix}" in text.replace("\n", "")
+        assert (tmp_path / f"profile_m_A_f.{suffix}").is_file()
 
 
 @pytest.mark.parametrize(("passes", "code"), [(True, 0), (False, 1)])
@@ -169,9 +211,9 @@ def test_a_preset_starts_the_command_anew_in_its_environment(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fastattn", "bench", "--preset", "cpu-avx2"])
     monkeypatch.delenv("FASTATTN_CPU_ISA", raising=False)
     with pytest.raises(Started) as started:
-        cli._start_with({"FASTATTN_CPU_ISA": "v3"})
+        bench._start_with({"FASTATTN_CPU_ISA": "v3"})
     program, arguments, environment = started.value.args
     assert (program, arguments[-3:]) == (sys.executable, ["bench", "--preset", "cpu-avx2"])
     assert environment == {**os.environ, "FASTATTN_CPU_ISA": "v3"}
     monkeypatch.setenv("FASTATTN_CPU_ISA", "v3")
-    cli._start_with({"FASTATTN_CPU_ISA": "v3"})
+    bench._start_with({"FASTATTN_CPU_ISA": "v3"})

@@ -8,10 +8,11 @@ is meaningful only in a process that has not already grown (see `point`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +20,8 @@ import torch
 from torch.autograd.profiler import profile
 
 MIB = 1 << 20
+
+SNAPSHOT_EVENTS = 100_000  # the latest; bounds the file
 
 
 def running_peak(deltas: Iterable[int]) -> tuple[int, int]:
@@ -111,6 +114,23 @@ class ResidentMeter:
         high = _status_bytes("VmHWM")
         if high is not None and self._base is not None:
             self.peak = max(0, high - self._base)
+
+
+def return_free_memory() -> None:
+    """Give the heap's free pages back to the system, so that a `ResidentMeter` sees them taken again (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def record_snapshot(run: Callable[[], object], path: Path) -> None:
+    """Call `run` and write every CUDA allocation of it, with its Python stack, for pytorch.org/memory_viz."""
+    torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
+    try:
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.memory._dump_snapshot(str(path))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _cgroup_headroom() -> int | None:

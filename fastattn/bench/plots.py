@@ -23,6 +23,8 @@ STYLES = {
     "naive": ("#D55E00", "o"),
     "sdpa": ("#0072B2", "s"),
     "fastattn": ("#009E73", "D"),
+    "original": ("#D55E00", "o"),
+    "replaced": ("#009E73", "D"),
 }
 OTHER_STYLES = (("#CC79A7", "^"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"), ("#999999", "*"))
 OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
@@ -48,7 +50,7 @@ RC: dict[Any, Any] = {
 
 
 def style_of(name: str, names: Sequence[str]) -> tuple[str, str]:
-    """(colour, marker) of an implementation, stable for the three that are always there."""
+    """(colour, marker) of an implementation, stable for those that are always there."""
     if name in STYLES:
         return STYLES[name]
     others = [n for n in names if n not in STYLES]
