@@ -6,6 +6,7 @@ one: registering autograd on the op itself would cost several times as much per 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fastattn import backends
 from fastattn.dense import reference
 from fastattn.dense.flops import register_when_imported
 from fastattn.dense.problem import ARGUMENTS, TENSORS, Problem, allocate_backward, allocate_forward
+from fastattn.errors import UnsupportedError
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
@@ -135,12 +137,41 @@ def _distinct(args: tuple) -> tuple:
     return tuple(distinct)
 
 
+#: Where `fastattn.maps.capture` wants every call's (problem, lse). A plain list: compiled code can guard on it.
+recordings: list[list[tuple[Problem, Tensor]]] = []
+
+
 def attention_op(p: Problem, lse_grad: bool = True) -> tuple[Tensor, Tensor]:
     """(out, lse) of a validated problem, differentiable in query, key, value, attn_mask and sinks.
 
     Without `lse_grad` no gradient flows through the LSE.
     """
+    out, lse = _attend(p, lse_grad)
+    record(p, lse)
+    return out, lse
+
+
+def record(p: Problem, lse: Tensor) -> None:
+    """Append to the `recordings` what the weights of a call depend on: nothing of its value or its graph."""
+    for recording in recordings:
+        key = p.key.detach()
+        kept = replace(
+            p,
+            query=p.query.detach(),
+            key=key,
+            value=key,
+            attn_mask=None if p.attn_mask is None else p.attn_mask.detach(),
+            sinks=None if p.sinks is None else p.sinks.detach(),
+        )
+        recording.append((kept, lse.detach()))
+
+
+def _attend(p: Problem, lse_grad: bool) -> tuple[Tensor, Tensor]:
     if transformed():
+        if recordings:
+            raise UnsupportedError(
+                "fastattn: maps.capture does not see through torch.func transforms and forward-mode AD"
+            )
         backends.select("dense", p.requirements("transforms"), p.backend)
         return reference.formula(p)
     args = p.args()

@@ -161,12 +161,12 @@ def formula(p: Problem) -> tuple[Tensor, Tensor]:
             return formula(p)
     if p.cu_seqlens_q is not None:
         return _formula_packed(p)
-    parts = _parts(_gathered(p))
+    parts = _parts(gathered(p))
     dropped = parts.probabilities if parts.kept is None else parts.probabilities * parts.kept
     return (dropped @ parts.value).to(p.query.dtype), parts.lse
 
 
-def _gathered(p: Problem) -> Problem:
+def gathered(p: Problem) -> Problem:
     """The problem with each sequence's pages copied one after another."""
     if p.block_table is None:
         return p

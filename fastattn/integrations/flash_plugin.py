@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from fastattn.dense.api import normalise
+from fastattn.dense.op import record
 from fastattn.dense.problem import Problem
 from fastattn.integrations.calls import CallReport, Place, selected
 
@@ -110,6 +111,7 @@ def _cpu_operators(plugin: Activation) -> dict[str, Callable]:
         if plugin.choose(p):
             return plugin.native(name, keys, query, key, value, dropout_p, is_causal, **options)
         out, lse = torch.ops.fastattn.dense_forward(*p.args())
+        record(p, lse)
         if p.attn_mask is not None:
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
         return _like(query, out), lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -162,6 +164,7 @@ def _cuda_operators(plugin: Activation) -> dict[str, Callable]:
             args = (query, key, value, dropout_p, is_causal, return_debug_mask)
             return plugin.native(name, keys, *args, scale=scale)
         out, lse = torch.ops.fastattn.dense_forward(*p.args())
+        record(p, lse)
         rng = query.new_zeros(2, dtype=torch.int64 if torch.version.hip else torch.uint64)
         return (
             _like(query, out),

@@ -325,6 +325,15 @@ def test_autocast_and_checkpoint() -> None:
             torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_maps_record_the_calls(route: Route) -> None:
+    """Fails if `maps.capture` misses calls of torch's function that run on the kernels."""
+    q = torch.randn(1, 2, 5, 8)
+    with route(), fastattn.maps.capture() as calls:
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    torch.testing.assert_close(calls[0].weights(), fastattn.attention_weights(q, q, causal=True))
+
+
 def test_mode_is_this_threads_and_activation_everyones() -> None:
     """Fails if the mode leaks into another thread, or activation does not reach one."""
     q = torch.randn(1, 2, 5, 8)

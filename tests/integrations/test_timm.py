@@ -20,12 +20,6 @@ pytestmark = pytest.mark.skipif(_extension.unavailable() is not None, reason="th
 
 @pytest.fixture(scope="module")
 def timm() -> ModuleType:
-    # timm imports torchvision, whose wheel may be built for another variant of torch (CUDA) than is installed. It then
-    # lacks its operators, which no model here needs, but whose schemas its import looks up.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not torch._C._dispatch_has_kernel(f"torchvision::{name}"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return pytest.importorskip("timm")
 
 
