@@ -7,7 +7,8 @@ Both runs start from the same weights and see the same batches, so their losses 
 program fails (exit code 1) where they differ by more than 1e-3 within the first 200 steps. The yardstick for having
 learnt something is the bigram entropy of the text, the loss of the best predictor that looks at one byte of context.
 Every run has a process of its own, because peak memory is a property of a process. The results are a table on the
-screen, and `train_lm.json` and `train_lm.png` in the folder `--out`.
+screen, and `train_lm.json`, `train_lm.png` and the weights of the last run, `model.pt`, in the folder `--out`;
+`examples/generate.py` writes text with them.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ MAX_TEXT_BYTES = 16 * 2**20
 WARMUP_STEPS = 30
 LEARNING_RATE = 1e-3
 
+MODEL = "model.pt"
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 COLOURS = {"naive": "#a8a8a8", "sdpa": "#d98c00", "fastattn": "#1f5fa8"}
 
@@ -81,7 +84,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(text: bytes, attention: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train one model and return its losses, speed and peak memory above the start of training."""
+    """Train one model, save it in `arguments.out`, and return its losses, speed and peak memory above the start."""
     device = torch.device(arguments.device)
     batch_size, seq_len, steps = arguments.batch_size, arguments.seq_len, arguments.steps
     torch.manual_seed(arguments.seed)
@@ -128,6 +131,7 @@ def train(text: bytes, attention: str, arguments: argparse.Namespace) -> dict[st
             if not progress.console.is_terminal and (step + 1) % 25 == 0:
                 progress.console.print(f"{attention}: step {step + 1} of {steps}, {status}", highlight=False)
 
+    save(model, arguments.out / MODEL)
     timed = seconds[UNTIMED_STEPS:] or seconds
     return {
         "attention": attention,
@@ -139,6 +143,20 @@ def train(text: bytes, attention: str, arguments: argparse.Namespace) -> dict[st
         "losses": losses,
         "step_seconds": seconds,
     }
+
+
+def save(model: Transformer, path: Path) -> None:
+    """Write the configuration and the weights."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"config": asdict(model.config), "weights": model.state_dict()}, path)
+
+
+def load(path: Path, device: torch.device, **config: Any) -> Transformer:
+    """The model that `save` wrote, ready for inference; `config` replaces fields of its configuration."""
+    saved = torch.load(path, map_location=device, weights_only=True)
+    model = Transformer(replace(TransformerConfig(**saved["config"]), **config)).to(device)
+    model.load_state_dict(saved["weights"])
+    return model.requires_grad_(False).eval()
 
 
 def selected_backend(config: TransformerConfig, batch_size: int, device: torch.device) -> str:
@@ -298,6 +316,7 @@ def main(argv: Sequence[str]) -> int:
     draw(report, arguments.out / "train_lm.png")
     print_table(report, console)
     console.print(f"picture and figures: {arguments.out / 'train_lm.png'}, {arguments.out / 'train_lm.json'}")
+    console.print(f"weights: {arguments.out / MODEL}, for examples/generate.py")
     return 1 if report["agree"] is False else 0
 
 

@@ -1,5 +1,7 @@
 """Reference models: small, readable networks whose attention can be swapped by name."""
 
+from fastattn.models.cache import KVCache, TorchCache
+from fastattn.models.generate import generate, sample
 from fastattn.models.transformer import ATTENTION, Transformer, TransformerConfig
 
-__all__ = ["ATTENTION", "Transformer", "TransformerConfig"]
+__all__ = ["ATTENTION", "KVCache", "TorchCache", "Transformer", "TransformerConfig", "generate", "sample"]

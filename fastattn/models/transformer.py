@@ -10,9 +10,13 @@ parameters and compute the same function, so losses, speed and memory can be com
 Shape suffixes: B batch, S sequence, E embedding, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,13 @@ from torch import Tensor, nn
 from fastattn import attention as fast_attention
 from fastattn.dense.naive import naive_attention
 
+if TYPE_CHECKING:
+    from fastattn.models.cache import KVCache
+
 AttentionFn = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+#: Attention of one layer over its cache: (query (B, S, H, D), key and value (B, S, K, D)), not yet turned by their
+#: positions, to (B, H, S, D).
+CachedAttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _fastattn(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | None) -> Tensor:
@@ -111,14 +121,17 @@ def rotary_table(seq_len: int, head_dim: int, base: float = 10_000.0) -> tuple[T
 
 
 def apply_rotary(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + D/2) of `x_BSHD` by the angles of its positions; `cos`, `sin` are (S, D / 2)."""
+    """Rotate channel pairs (i, i + D/2) of `x_BSHD` by the angles of its positions.
+
+    `cos` and `sin` are (S, D / 2), or (B, S, D / 2) where sequences stand at positions of their own.
+    """
     left, right = x_BSHD.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x_BSHD.dtype)
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention with rotary positions, (B, S, E) to (B, S, E)."""
+    """Causal self-attention with rotary positions, (B, S, E) to (B, S, E); over a cache where `cached` is given."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -129,10 +142,13 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.embed_dim, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
 
-    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor, cached: CachedAttentionFn | None = None) -> Tensor:
         q_BSHD, k_BSKD, v_BSKD = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        q_BSHD, k_BSKD = apply_rotary(q_BSHD, cos, sin), apply_rotary(k_BSKD, cos, sin)
-        y_BHSD = self.attend(q_BSHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2), self.window)
+        if cached is None:
+            q_BSHD, k_BSKD = apply_rotary(q_BSHD, cos, sin), apply_rotary(k_BSKD, cos, sin)
+            y_BHSD = self.attend(q_BSHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2), self.window)
+        else:
+            y_BHSD = cached(q_BSHD, k_BSKD, v_BSKD)
         return self.out(y_BHSD.transpose(1, 2).flatten(2))
 
 
@@ -159,8 +175,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.embed_dim, eps=1e-6)
         self.feed_forward = SwiGLU(config)
 
-    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), cos, sin)
+    def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor, cached: CachedAttentionFn | None = None) -> Tensor:
+        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), cos, sin, cached)
         return x_BSE + self.feed_forward(self.feed_forward_norm(x_BSE))
 
 
@@ -188,27 +204,47 @@ class Transformer(nn.Module):
                 std = 0.02 / math.sqrt(2 * config.num_layers) if name.endswith("out.weight") else 0.02
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
         """Logits (B, S, V), or with `targets_BS` the mean cross-entropy in nats per token, a scalar.
 
         `tokens_BS` and `targets_BS` are int64 (B, S) with S up to `config.max_seq_len`; targets of -100 do not count.
-        Raises ValueError for other shapes.
+        With `cache`, `tokens_BS` continues the sequences in it, as `hidden` says. Raises ValueError for other shapes.
+        """
+        if targets_BS is not None and targets_BS.shape != tokens_BS.shape:
+            raise ValueError(
+                f"Transformer: targets must have the shape of tokens, {tuple(tokens_BS.shape)}, "
+                f"got {tuple(targets_BS.shape)}"
+            )
+        logits_BSV = self.logits(self.hidden(tokens_BS, cache))
+        if targets_BS is None:
+            return logits_BSV
+        return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
+
+    def hidden(self, tokens_BS: Tensor, cache: KVCache | None = None, counts: Sequence[int] | None = None) -> Tensor:
+        """The last layer's normalised output (B, S, E), of which `logits` makes logits.
+
+        With `cache`, which then holds their keys and values too, the S tokens of a row continue that sequence. Where
+        the cache is empty, `counts` may say how many tokens of each row are real; the padding after them is not cached
+        and its output has no meaning. Raises ValueError for tokens of other shapes or that the cache has no room for.
         """
         if tokens_BS.ndim != 2 or tokens_BS.shape[1] > self.config.max_seq_len:
             raise ValueError(
                 f"Transformer: tokens must be (batch, sequence) with at most max_seq_len={self.config.max_seq_len} "
                 f"tokens a sequence, got shape {tuple(tokens_BS.shape)}"
             )
-        if targets_BS is not None and targets_BS.shape != tokens_BS.shape:
-            raise ValueError(
-                f"Transformer: targets must have the shape of tokens, {tuple(tokens_BS.shape)}, "
-                f"got {tuple(targets_BS.shape)}"
-            )
-        seq_len = tokens_BS.shape[1]
+        if counts is not None and cache is None:
+            raise ValueError("Transformer: counts must come with cache, got cache=None")
+        batch, seq_len = tokens_BS.shape
+        if cache is not None:
+            cache.begin(self, batch, seq_len, counts)
         x_BSE = self.embedding(tokens_BS)
-        for block in self.blocks:
-            x_BSE = block(x_BSE, self.cos[:seq_len], self.sin[:seq_len])
-        logits_BSV = F.linear(self.norm(x_BSE), self.embedding.weight)
-        if targets_BS is None:
-            return logits_BSV
-        return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
+        for layer, block in enumerate(self.blocks):
+            cached = None if cache is None else partial(cache.attend, layer)
+            x_BSE = block(x_BSE, self.cos[:seq_len], self.sin[:seq_len], cached)
+        if cache is not None:
+            cache.end()
+        return self.norm(x_BSE)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of outputs (..., E) of `hidden`."""
+        return F.linear(hidden, self.embedding.weight)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastattn.models import Transformer
+
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_lm.py"
 
 
@@ -96,7 +98,7 @@ def test_gpu_is_used_where_there_is_one(train_lm: ModuleType, monkeypatch: pytes
 def test_whole_program(
     train_lm: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if the program crashes, its runs see other batches or weights, or the picture or JSON is missing."""
+    """Fails if the program crashes, its runs see other batches or weights, or the picture, JSON or model is missing."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = ["--device", "cpu", "--text", str(SCRIPT), "--out", str(tmp_path / "out")]
     assert train_lm.main([*arguments, "--steps", "7", "--seq-len", "48"]) == 0
@@ -113,6 +115,12 @@ def test_whole_program(
     picture = (tmp_path / "out" / "train_lm.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
+    model = train_lm.load(tmp_path / "out" / "model.pt", torch.device("cpu"), max_seq_len=9)
+    assert (model.config.attention, model.config.num_kv_heads, model.config.max_seq_len) == ("fastattn", 2, 9)
+    untrained = Transformer(model.config)
+    untrained.load_state_dict(model.state_dict())
+    tokens = torch.arange(9)[None]
+    assert torch.equal(model(tokens), untrained(tokens))
     assert "bigram entropy" in capsys.readouterr().out
 
 
