@@ -653,3 +653,17 @@ def test_compile(backend: str, page_size: int | None) -> None:
         torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
         assert all(same_bits(a, b) for a, b in zip(compiled_cache, eager_cache, strict=True))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("bad", [-1, 192, 2**31 - 1])
+def test_large_tables(bad: int) -> None:
+    """Fails if an entry of a large table that no key uses counts, or one that a key uses does not."""
+    lengths = torch.tensor([5, 192, 70])
+    table = torch.randperm(192).repeat(3, 1).int()
+    for b, length in enumerate(lengths.tolist()):
+        table[b, length:] = bad
+    query, cache = torch.randn(3, 2, 1, 8), torch.randn(192, 2, 1, 8)
+    fastattn.attention_with_kvcache(query, cache, cache, key_lengths=lengths, block_table=table)
+    table[2, 69] = bad
+    with pytest.raises(ValueError, match=rf"block_table\[2, 69\] must be a page from 0 to 191, got {bad}"):
+        fastattn.attention_with_kvcache(query, cache, cache, key_lengths=lengths, block_table=table)
