@@ -129,7 +129,8 @@ def _cpu_operators(plugin: Activation) -> dict[str, Callable]:
         **options: Any,
     ) -> Any:
         p = problem(query, key, value, dropout_p, is_causal, options)
-        if isinstance(p, str) or selected(p, "backward")[0]:
+        # torch 2.11 compiles float64 with an LSE in float32, which its own kernel refuses.
+        if isinstance(p, str) or lse.dtype != p.accumulate_dtype or selected(p, "backward")[0]:
             args = (grad_out, query, key, value, out, lse, dropout_p, is_causal)
             return plugin.native(f"{name}_backward", keys, *args, **options)
         return tuple(g.transpose(1, 2).contiguous().transpose(1, 2) for g in _gradients(p, grad_out, out, lse))

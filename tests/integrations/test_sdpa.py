@@ -294,17 +294,17 @@ def test_transformer_encoder_trains_the_same(route: Route) -> None:
 def test_compiled(route: Route) -> None:
     """Fails on a graph break, on a layout that the compiled code did not expect, and on wrong gradients."""
     torch.compiler.reset()
-    leaves = [leaf(2, 4, 11, 8), leaf(2, 4, 11, 8), leaf(2, 4, 11, 8)]
+    leaves = [leaf(2, 4, 11, 8, dtype=torch.float32) for _ in range(3)]
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(2 * q, k, v + 1, is_causal=True).exp()
+        return F.scaled_dot_product_attention(2 * q, k, v + 1, is_causal=True).sin()
 
     expected = torch.autograd.grad(model(*leaves).sum(), leaves)
     with route() as report:
         found = torch.autograd.grad(torch.compile(model, fullgraph=True)(*leaves).sum(), leaves)
     assert report.count("fastattn") >= 1
     assert report.count("torch") == 0
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_autocast_and_checkpoint() -> None:
