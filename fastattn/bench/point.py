@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -274,6 +275,9 @@ class Measurer:
         try:
             self._requests.write(json.dumps(request) + "\n")
             self._requests.flush()
+            # Not one long wait: where another thread receives Ctrl-C, this one sees it between two short ones.
+            while not select.select([self._answers], [], [], 0.2)[0]:
+                pass
             line = self._answers.readline()
         except BrokenPipeError:
             line = ""

@@ -249,8 +249,9 @@ def test_a_broken_factory_ends_before_anything_is_measured(one_server, tmp_path)
 
 
 def test_an_interrupt_ends_the_point_and_keeps_the_others(models, tmp_path, monkeypatch):
-    """A real SIGINT while a point sleeps. Fails if finished points are lost or a process is left behind; or if the
-    measuring process finds no module in the current directory, or none in what this one has added to sys.path."""
+    """A real SIGINT while a point sleeps, received by another thread than the one that waits. Fails if that wait goes
+    on, finished points are lost or a process is left behind; or if the measuring process finds no module in the current
+    directory, or none in what this one has added to sys.path."""
     (tmp_path / "wrapped.py").write_text("from their_models import sleeps\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(models.parent)
@@ -263,7 +264,7 @@ def test_an_interrupt_ends_the_point_and_keeps_the_others(models, tmp_path, monk
 
     def progress(done, total, label):
         if label == "original at 64":
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)).start()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profile, "Measurer", Watched)
