@@ -8,7 +8,7 @@
 #   tests     the GPU tests
 #   verify    the feature grid on every backend, recorded in OUT_DIR as the hardware ledger does
 #   bench     the GPU preset of `fastattn bench`, and what a call costs the host
-#   memory    memory by length, to 128k tokens
+#   memory    memory by length, to 128k tokens, and a whole model before and after
 #   sanitize  some of the feature grid under compute-sanitizer: no kernel reads or writes out of bounds
 #
 # OUT_DIR then holds summary.txt, logs.txt (the output of every part) and what the parts wrote; exit code 1 where a part
@@ -118,9 +118,12 @@ part_bench() {
 part_memory() {
     if [ -n "$DRY" ]; then
         fastattn profile --model op --seqlen 64..512 --heads 2 --head-dim 16 --device cpu --dtype bfloat16 --out "$OUT"
+        fastattn profile --model benchmarks/models.py:encoder --seqlen 32,64 --device cpu --out "$OUT"
         return
     fi
-    fastattn profile --model op --seqlen 1k..128k --heads 16 --head-dim 128 --device cuda --dtype bfloat16 --out "$OUT"
+    fastattn profile --model op --seqlen 1k..128k --heads 16 --head-dim 128 --device cuda --dtype bfloat16 --out "$OUT" &&
+        fastattn profile --model benchmarks/models.py:encoder --impl original,replaced,activated,overridden \
+            --seqlen 1k..16k --device cuda --out "$OUT"
 }
 
 : >"$OUT/logs.txt"

@@ -265,17 +265,22 @@ def test_an_interrupt_ends_the_point_and_keeps_the_others(models, tmp_path, monk
         if label == "original at 64":
             threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)).start()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile, "Measurer", Watched)
-        started = time.monotonic()
-        found = profile_model(
-            "wrapped:sleeps",
-            [16, 32, 64],
-            implementations=["original"],
-            device="cpu",
-            out=tmp_path,
-            progress=progress,
-        )
+    # A shell starts what runs in its background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(profile, "Measurer", Watched)
+            started = time.monotonic()
+            found = profile_model(
+                "wrapped:sleeps",
+                [16, 32, 64],
+                implementations=["original"],
+                device="cpu",
+                out=tmp_path,
+                progress=progress,
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 30
     assert found.interrupted
     assert [(p.status, p.reason) for p in found.points] == [("ok", ""), ("ok", ""), ("skipped", "not reached")]
