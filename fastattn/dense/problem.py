@@ -202,7 +202,7 @@ def check_pages(block_table: Tensor, lengths: list[int], page_size: int, pages: 
     # Looking at the entries of a large table one by one takes longer than attending. Almost always all are pages.
     if used.numel() > 128:
         least, most = (bound.item() for bound in used.aminmax())
-        if 0 <= least and most < pages:
+        if least >= 0 and most < pages:
             return
     for b, (row, length) in enumerate(zip(block_table.tolist(), lengths, strict=True)):
         for slot in range(-(-length // page_size)):
