@@ -18,7 +18,7 @@ OWN_KERNELS = frozenset(backends.backend_names("dense")) - {"reference", backend
 class CallReport:
     """Counts of the calls of scaled_dot_product_attention by where they ran and why; print it to read it.
 
-    Calls are counted when they run; `override_sdpa` counts those within compiled code when they are traced.
+    Calls are counted when they run, in compiled code too; `override_sdpa` does not know the backend of the latter.
     """
 
     def __init__(self) -> None:

@@ -118,7 +118,7 @@ class override_sdpa(TorchFunctionMode):
 
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            self.report.add("fastattn", "traced into compiled code")
+            self.report.add("fastattn", "in compiled code")
             return scaled_dot_product_attention(*args, **kwargs)
         try:
             query, key, value, options, leading = canonical(*args, **kwargs)

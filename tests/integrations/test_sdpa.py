@@ -154,7 +154,7 @@ def test_override_applies_dropout() -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_unsupported_calls_are_torchs(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_calls_are_torchs(route: Route) -> None:
     """Fails if a call that no kernel takes raises, or runs on the reference, and if the report has no reason."""
     leaves = [leaf(1, 2, 5, 300) for _ in range(3)]
     expected = outcome(leaves, {})
@@ -196,7 +196,7 @@ def test_activation_is_reversible_and_repeatable() -> None:
     torch.testing.assert_close(operator(q, q, q), before, rtol=0, atol=0)
 
 
-def test_context_restores_what_was_active(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_context_restores_what_was_active() -> None:
     """Fails if leaving an inner block deactivates an outer one, or another provider is not activated again."""
     with fastattn.activated() as outer:
         with fastattn.activated() as inner:
