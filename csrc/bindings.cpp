@@ -11,6 +11,7 @@
 #include "cpu/peak.h"
 #include "cpu/threads.h"
 #include "dense_params.h"
+#include "linear_params.h"
 
 namespace py = pybind11;
 using namespace fastattn;
@@ -121,7 +122,47 @@ void check(const AppendParams& p) {
           "rotary needs query, rotated, cos and sin");
 }
 
-void run(void (*kernel)(const DenseParams&), const DenseParams& p) {
+void check(const LinearParams& p) {
+  const auto in_range = [](int64_t n) { return n >= 0 && n <= INT32_MAX; };
+  require(in_range(p.batch) && in_range(p.heads_q) && in_range(p.heads_kv) && in_range(p.seqlen_q) &&
+              in_range(p.seqlen_k),
+          "batch, heads_q, heads_kv, seqlen_q and seqlen_k must be between 0 and 2^31 - 1");
+  const auto is_width = [](int64_t n) { return n >= 1 && n <= 1 << 20; };
+  require(is_width(p.head_dim) && is_width(p.head_dim_v) && is_width(p.features),
+          "head_dim, head_dim_v and features must be between 1 and 2^20");
+  require(p.heads_kv == 0 ? p.heads_q == 0 : p.heads_q % p.heads_kv == 0, "heads_q must be a multiple of heads_kv");
+  require(p.dtype == Dtype::kFloat32 || p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16 ||
+              p.dtype == Dtype::kFloat64,
+          "dtype must be float32, bfloat16, float16 or float64");
+  require(p.scale - p.scale == 0 && p.feature_eps - p.feature_eps == 0, "scale and feature_eps must be finite");
+  require(p.threads >= 1, "threads must be at least 1");
+  require(p.projection || p.features == p.head_dim, "without projection there are head_dim features");
+  require(p.feature != Feature::kSoftmax || (p.projection && p.normalize),
+          "softmax features need projection and normalize");
+  require(p.causal ? p.seqlen_q == p.seqlen_k : !p.decay.data && !p.beta.data,
+          "causal needs a key for each query; decay and beta need causal");
+  const int64_t queries = p.batch * p.heads_q * p.seqlen_q, keys = p.batch * p.heads_kv * p.seqlen_k;
+  require(!p.vector_decay || (has(p.decay, queries) && !p.projection && !p.beta.data),
+          "vector_decay needs decay, and neither projection nor beta");
+  require(has(p.query, queries) && has(p.out, queries), "query and out must not be None");
+  require(has(p.key, keys) && has(p.value, keys), "key and value must not be None");
+  require(!p.normalize || has(p.denominator, queries), "normalize needs denominator");
+  for (const View* view : {&p.query, &p.key, &p.value, &p.out, &p.initial_kv, &p.initial_normalizer, &p.final_kv,
+                           &p.final_normalizer, &p.grad_out, &p.grad_query, &p.grad_key, &p.grad_value, &p.grad_kv,
+                           &p.grad_normalizer, &p.grad_initial_kv, &p.grad_initial_normalizer})
+    require(!view->data || view->stride[3] == 1, "tensors need a last stride of 1");
+}
+
+void check_backward(const LinearParams& p) {
+  const int64_t queries = p.batch * p.heads_q * p.seqlen_q, keys = p.batch * p.heads_q * p.seqlen_k;
+  require(has(p.grad_out, queries) && has(p.grad_query, queries) && has(p.grad_key, keys) && has(p.grad_value, keys),
+          "the backward needs grad_out, grad_query, grad_key and grad_value");
+  require((!p.grad_decay.data || p.decay.data) && (!p.grad_beta.data || p.beta.data),
+          "grad_decay needs decay, grad_beta needs beta");
+}
+
+template <class Params>
+void run(void (*kernel)(const Params&), const Params& p) {
   require(p.scratch != nullptr, "scratch must not be None");
   Interruption interruption(signal_raised);
   {
@@ -186,10 +227,8 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("softcap", &DenseParams::softcap)
       .def_readwrite("dropout_p", &DenseParams::dropout_p)
       .def_readwrite("align_ends", &DenseParams::align_ends)
-      .def_readwrite("threads", &DenseParams::threads)
-      .def_property(
-          "scratch", [](const DenseParams& p) { return reinterpret_cast<uintptr_t>(p.scratch); },
-          [](DenseParams& p, uintptr_t address) { p.scratch = reinterpret_cast<void*>(address); });
+      .def_readwrite("threads", &DenseParams::threads);
+  def_array<&DenseParams::scratch>(params, "scratch");
   def_view<&DenseParams::query>(params, "query");
   def_view<&DenseParams::key>(params, "key");
   def_view<&DenseParams::value>(params, "value");
@@ -238,6 +277,58 @@ PYBIND11_MODULE(_native, m) {
   def_array<&AppendParams::key_lengths>(append, "key_lengths");
   def_array<&AppendParams::block_table>(append, "block_table");
 
+  py::enum_<Feature>(m, "Feature")
+      .value("identity", Feature::kIdentity)
+      .value("elu", Feature::kElu)
+      .value("relu", Feature::kRelu)
+      .value("softmax", Feature::kSoftmax);
+
+  py::class_<LinearParams> linear(m, "LinearParams", "One linear attention problem; see csrc/linear_params.h.");
+  linear.def(py::init<>())
+      .def_readwrite("batch", &LinearParams::batch)
+      .def_readwrite("heads_q", &LinearParams::heads_q)
+      .def_readwrite("heads_kv", &LinearParams::heads_kv)
+      .def_readwrite("seqlen_q", &LinearParams::seqlen_q)
+      .def_readwrite("seqlen_k", &LinearParams::seqlen_k)
+      .def_readwrite("head_dim", &LinearParams::head_dim)
+      .def_readwrite("head_dim_v", &LinearParams::head_dim_v)
+      .def_readwrite("features", &LinearParams::features)
+      .def_readwrite("dtype", &LinearParams::dtype)
+      .def_readwrite("feature", &LinearParams::feature)
+      .def_readwrite("feature_eps", &LinearParams::feature_eps)
+      .def_readwrite("scale", &LinearParams::scale)
+      .def_readwrite("causal", &LinearParams::causal)
+      .def_readwrite("normalize", &LinearParams::normalize)
+      .def_readwrite("vector_decay", &LinearParams::vector_decay)
+      .def_readwrite("threads", &LinearParams::threads);
+  def_array<&LinearParams::scratch>(linear, "scratch");
+  def_array<&LinearParams::projection>(linear, "projection");
+  def_array<&LinearParams::feature_bias>(linear, "feature_bias");
+  def_view<&LinearParams::query>(linear, "query");
+  def_view<&LinearParams::key>(linear, "key");
+  def_view<&LinearParams::value>(linear, "value");
+  def_view<&LinearParams::decay>(linear, "decay");
+  def_view<&LinearParams::beta>(linear, "beta");
+  def_view<&LinearParams::key_mask>(linear, "key_mask");
+  def_view<&LinearParams::initial_kv>(linear, "initial_kv");
+  def_view<&LinearParams::initial_normalizer>(linear, "initial_normalizer");
+  def_view<&LinearParams::initial_log_scale>(linear, "initial_log_scale");
+  def_view<&LinearParams::out>(linear, "out");
+  def_view<&LinearParams::denominator>(linear, "denominator");
+  def_view<&LinearParams::final_kv>(linear, "final_kv");
+  def_view<&LinearParams::final_normalizer>(linear, "final_normalizer");
+  def_view<&LinearParams::final_log_scale>(linear, "final_log_scale");
+  def_view<&LinearParams::grad_out>(linear, "grad_out");
+  def_view<&LinearParams::grad_kv>(linear, "grad_kv");
+  def_view<&LinearParams::grad_normalizer>(linear, "grad_normalizer");
+  def_view<&LinearParams::grad_query>(linear, "grad_query");
+  def_view<&LinearParams::grad_key>(linear, "grad_key");
+  def_view<&LinearParams::grad_value>(linear, "grad_value");
+  def_view<&LinearParams::grad_decay>(linear, "grad_decay");
+  def_view<&LinearParams::grad_beta>(linear, "grad_beta");
+  def_view<&LinearParams::grad_initial_kv>(linear, "grad_initial_kv");
+  def_view<&LinearParams::grad_initial_normalizer>(linear, "grad_initial_normalizer");
+
   m.def(
       "cpu_append",
       [](const AppendParams& p) {
@@ -276,6 +367,39 @@ PYBIND11_MODULE(_native, m) {
       [](const DenseParams& p) {
         check(p);
         return kernels_in_use().dense_backward_scratch(p);
+      },
+      py::arg("params"), "Bytes that the backward needs at params.scratch.");
+
+  m.def(
+      "cpu_linear_forward",
+      [](const LinearParams& p) {
+        check(p);
+        run(kernels_in_use().linear_forward, p);
+      },
+      py::arg("params"),
+      "Writes out, denominator with normalize and, if given, the final state. Needs cpu_linear_forward_scratch(params) "
+      "bytes of scratch.");
+  m.def(
+      "cpu_linear_backward",
+      [](const LinearParams& p) {
+        check(p);
+        check_backward(p);
+        run(kernels_in_use().linear_backward, p);
+      },
+      py::arg("params"),
+      "Writes the gradients that are given. Needs cpu_linear_backward_scratch(params) bytes of scratch.");
+  m.def(
+      "cpu_linear_forward_scratch",
+      [](const LinearParams& p) {
+        check(p);
+        return kernels_in_use().linear_forward_scratch(p);
+      },
+      py::arg("params"), "Bytes that the forward needs at params.scratch.");
+  m.def(
+      "cpu_linear_backward_scratch",
+      [](const LinearParams& p) {
+        check(p);
+        return kernels_in_use().linear_backward_scratch(p);
       },
       py::arg("params"), "Bytes that the backward needs at params.scratch.");
 

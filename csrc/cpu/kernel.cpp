@@ -4,7 +4,10 @@
 #include "append.h"
 #include "backward.h"
 #include "decode.h"
+#include "delta.h"
 #include "forward.h"
+#include "linear_backward.h"
+#include "linear_forward.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
@@ -41,6 +44,26 @@ int64_t backward_scratch(const DenseParams& p) {
 void append(const AppendParams& p) {
   if (p.dtype == Dtype::kFloat64) return Append<double>(p).run();
   Append<float>(p).run();
+}
+
+// The same for the linear family: Pass, or with the delta rule Delta.
+template <template <class> class Pass, template <class> class Delta, class Use>
+auto with_linear_pass(const LinearParams& p, Use use) {
+  if (p.dtype == Dtype::kFloat64) return p.beta.data ? use(Delta<double>(p)) : use(Pass<double>(p));
+  return p.beta.data ? use(Delta<float>(p)) : use(Pass<float>(p));
+}
+
+void linear_forward(const LinearParams& p) {
+  with_linear_pass<LinearForward, DeltaForward>(p, [](const auto& pass) { pass.run(); });
+}
+int64_t linear_forward_scratch(const LinearParams& p) {
+  return with_linear_pass<LinearForward, DeltaForward>(p, [](const auto& pass) { return pass.scratch_bytes(); });
+}
+void linear_backward(const LinearParams& p) {
+  with_linear_pass<LinearBackward, DeltaBackward>(p, [](const auto& pass) { pass.run(); });
+}
+int64_t linear_backward_scratch(const LinearParams& p) {
+  return with_linear_pass<LinearBackward, DeltaBackward>(p, [](const auto& pass) { return pass.scratch_bytes(); });
 }
 
 template <class A>
@@ -81,8 +104,18 @@ uint64_t read_memory(const void* memory, int64_t bytes) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_ISA_NAME, forward, backward,    forward_scratch, backward_scratch,
-                         append,            multiply_add_steps_of, read_memory};
+const Kernels kernels = {FASTATTN_ISA_NAME,
+                         forward,
+                         backward,
+                         forward_scratch,
+                         backward_scratch,
+                         append,
+                         linear_forward,
+                         linear_backward,
+                         linear_forward_scratch,
+                         linear_backward_scratch,
+                         multiply_add_steps_of,
+                         read_memory};
 
 }  // namespace FASTATTN_ISA_NAMESPACE
 }  // namespace fastattn

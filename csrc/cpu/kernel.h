@@ -3,6 +3,7 @@
 
 #include "../append_params.h"
 #include "../dense_params.h"
+#include "../linear_params.h"
 
 namespace fastattn {
 
@@ -17,6 +18,12 @@ struct Kernels {
   int64_t (*dense_backward_scratch)(const DenseParams&);
 
   void (*append)(const AppendParams&);
+
+  void (*linear_forward)(const LinearParams&);
+  void (*linear_backward)(const LinearParams&);
+  // Bytes of working memory that the kernels need at LinearParams::scratch.
+  int64_t (*linear_forward_scratch)(const LinearParams&);
+  int64_t (*linear_backward_scratch)(const LinearParams&);
 
   // Does `steps` steps of one register tile on operands that stay in L1; returns the floating-point operations done,
   // 0 if this unit has no arithmetic of that dtype.

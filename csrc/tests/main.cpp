@@ -90,6 +90,7 @@ int main(int count, char** arguments) {
   test_units(seed);
   test_threads();
   test_append(seed, problems);
+  test_linear(seed, problems);
   test_sweep(seed, problems);
   if (failures > 0) std::fprintf(stderr, "%d checks failed\n", int(failures));
   return failures > 0;

@@ -10,6 +10,7 @@ void test_threads();
 
 // `problems` random problems on each of the instruction sets that run here.
 void test_append(uint64_t seed, int problems);
+void test_linear(uint64_t seed, int problems);
 void test_sweep(uint64_t seed, int problems);
 
 }  // namespace tests
