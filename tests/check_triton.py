@@ -1,8 +1,8 @@
 """Compiles what calls launch, for GPUs that need not be there, and reports what the kernels need of one.
 
 Fails where a kernel does not compile, where its shared memory does not fit the architecture, where one of the core
-(bfloat16, head sizes 64 and 128, full and causal, forward and backward; 256 forward) spills registers, or where any
-other spills more than triton_resources.txt records for the same version of Triton.
+(bfloat16, head sizes 64 and 128, full and causal, forward and backward; dense 256 forward; every linear problem) spills
+registers, or where any other spills more than triton_resources.txt records for the same version of Triton.
 
 python tests/check_triton.py [words that a line must contain]
 python tests/check_triton.py --record
@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 import fastattn
 from fastattn.dense import triton as backend
 from fastattn.dense import triton_launch
+from fastattn.linear import triton as linear_backend
 
 SHARED_MEMORY_KIB = {80: 163, 90: 227}
 RECORD = Path(__file__).with_name("triton_resources.txt")
@@ -38,7 +39,8 @@ VERSION = f"Triton {triton.__version__}"
 LENGTH = 256
 
 # The CPU's tensors stand for a GPU's.
-backend.CAPABILITY = replace(backend.CAPABILITY, devices=frozenset({"cpu"}))
+for module in (backend, linear_backend):
+    module.CAPABILITY = replace(module.CAPABILITY, devices=frozenset({"cpu"}))  # type: ignore[attr-defined]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -90,6 +92,44 @@ def decode_latent(head_dim: int, dtype: torch.dtype) -> None:
     fastattn.attention_with_kvcache(query, cache, cache[..., :512], key_lengths=lengths, backend="triton")
 
 
+def train_linear(
+    head_dim: int,
+    dtype: torch.dtype,
+    function: Callable[..., Tensor],
+    steps: Callable[[int], dict[str, tuple[int, ...]]] = lambda head_dim: {},
+    num_features: int | None = None,
+) -> None:
+    """Forward and all gradients. steps: of a head size, the arguments per step and the shape that each has there."""
+    leaves = [draw(2, 4, LENGTH, head_dim, dtype=dtype) for _ in range(3)]
+    options = {name: draw(2, 4, LENGTH, *width, dtype=torch.float32) for name, width in steps(head_dim).items()}
+    if num_features is not None:
+        options["projection"] = torch.empty(num_features, head_dim)
+    out = function(*leaves, **options, backend="triton")
+    torch.autograd.grad(out, [*leaves, *(t for t in options.values() if t.requires_grad)], torch.empty_like(out))
+
+
+LINEAR: dict[str, Callable[[int, torch.dtype], None]] = {
+    "linear": partial(train_linear, function=partial(fastattn.linear_attention, causal=True, feature_map="elu")),
+    "linear full": partial(train_linear, function=partial(fastattn.linear_attention, causal=False, feature_map="elu")),
+    "retention": partial(
+        train_linear,
+        function=partial(fastattn.linear_attention, causal=True, feature_map="identity", normalize=False),
+        steps=lambda head_dim: {"decay": ()},
+    ),
+    "gated": partial(
+        train_linear,
+        function=partial(fastattn.linear_attention, causal=True, feature_map="identity", normalize=False),
+        steps=lambda head_dim: {"decay": (head_dim,)},
+    ),
+    "delta rule": partial(train_linear, function=fastattn.delta_rule, steps=lambda head_dim: {"beta": (), "decay": ()}),
+    "performer": partial(
+        train_linear,
+        function=partial(fastattn.performer_attention, causal=True),
+        steps=lambda head_dim: {"decay": ()},
+        num_features=256,
+    ),
+    "relu": partial(train_linear, function=partial(fastattn.performer_attention, features="relu"), num_features=256),
+}
 PROBLEMS: dict[str, Callable[[int, torch.dtype], None]] = {
     "full": train,
     "causal": partial(train, options=lambda: {"causal": True}),
@@ -105,8 +145,9 @@ PROBLEMS: dict[str, Callable[[int, torch.dtype], None]] = {
     "pages": partial(decode, page_size=256),
     "small pages": partial(decode, page_size=16),
     "latent": decode_latent,
+    **LINEAR,
 }
-FEATURES = [name for name in PROBLEMS if name not in ("full", "causal", "decode", "latent")]
+FEATURES = [name for name in PROBLEMS if name not in ("full", "causal", "decode", "latent", *LINEAR)]
 
 
 @dataclass(frozen=True)
@@ -129,8 +170,12 @@ def calls() -> list[Call]:
         bfloat16 += [("causal", 512), ("bias", 64), ("bias", 512), ("latent", 576)]
         bfloat16 += [(problem, 128) for problem in (FEATURES if capability == 90 else ())]
         float32 = [(problem, d) for problem in ("causal", "decode") for d in (64, 256, 512)]
+        bfloat16 += [(problem, d) for problem in LINEAR for d in (64, 128)]
+        bfloat16 += [(problem, 256) for problem in ("performer", "delta rule")]
+        float32 += [("performer", 64), ("delta rule", 64), ("retention", 256)]
         found += [Call(problem, torch.bfloat16, d, capability) for problem, d in bfloat16]
         found += [Call(problem, torch.float32, d, capability) for problem, d in float32]
+        found += [Call(problem, torch.float16, 64, capability) for problem in ("performer", "delta rule")]
     return found
 
 
@@ -168,7 +213,7 @@ class Kernel:
 
     @property
     def core(self) -> bool:
-        plain = self.call.dtype == torch.bfloat16 and self.call.problem in ("full", "causal")
+        plain = self.call.dtype == torch.bfloat16 and self.call.problem in ("full", "causal", *LINEAR)
         return plain and (self.call.head_dim <= 128 or (self.name == "forward" and self.call.head_dim == 256))
 
     def __str__(self) -> str:
@@ -184,9 +229,12 @@ def compiled(call: Call) -> list[Kernel] | str:
 
     def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **constants)
-        names = {"BLOCK_M": "rows", "BLOCK_N": "keys", "num_warps": "warps", "num_stages": "stages"}
+        tile = {"BLOCK_M": "rows", "BLOCK_N": "keys"}
+        if "CHUNK" in constants:
+            tile = {"CHUNK": "steps", "BLOCK_M": "features", "BLOCK_V": "columns"}
+        names = {**tile, "num_warps": "warps", "num_stages": "stages"}
         sizes = ", ".join(f"{constants[name]} {word}" for name, word in names.items() if name in constants)
-        name = self.fn.__name__.removesuffix("_kernel")
+        name = self.fn.__name__.removesuffix("_kernel") + (" in reverse" if constants.get("REVERSE") else "")
         shared = kernel.metadata.shared / 1024
         found.append(Kernel(call, name, kernel.hash, sizes, *registers_and_stack(kernel), shared))
         return kernel
