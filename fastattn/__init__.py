@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from fastattn import maps
     from fastattn.bench.profile import profile_model
     from fastattn.integrations.sdpa import activate, activated, deactivate, override_sdpa
+    from fastattn.linear import (
+        delta_rule,
+        linear_attention,
+        linear_attention_step,
+        linformer_attention,
+        nystrom_attention,
+        performer_attention,
+        random_projection,
+    )
     from fastattn.nn import replace_attention, restore_attention
 
 __all__ = [
@@ -29,11 +38,18 @@ __all__ = [
     "attention_weights",
     "attention_with_kvcache",
     "deactivate",
+    "delta_rule",
     "explain",
+    "linear_attention",
+    "linear_attention_step",
+    "linformer_attention",
     "maps",
     "merge_partials",
+    "nystrom_attention",
     "override_sdpa",
+    "performer_attention",
     "profile_model",
+    "random_projection",
     "replace_attention",
     "restore_attention",
     "scaled_dot_product_attention",
@@ -45,8 +61,15 @@ _LAZY = {
     "activate": "fastattn.integrations.sdpa",
     "activated": "fastattn.integrations.sdpa",
     "deactivate": "fastattn.integrations.sdpa",
+    "delta_rule": "fastattn.linear",
+    "linear_attention": "fastattn.linear",
+    "linear_attention_step": "fastattn.linear",
+    "linformer_attention": "fastattn.linear",
+    "nystrom_attention": "fastattn.linear",
     "override_sdpa": "fastattn.integrations.sdpa",
+    "performer_attention": "fastattn.linear",
     "profile_model": "fastattn.bench.profile",
+    "random_projection": "fastattn.linear",
     "replace_attention": "fastattn.nn",
     "restore_attention": "fastattn.nn",
 }

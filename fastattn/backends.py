@@ -26,33 +26,56 @@ FAMILIES = {
         "reference": "fastattn.dense.reference",
         "sdpa": "fastattn.dense.delegate",
     },
+    "linear": {
+        "cpu": "fastattn.linear.native",
+        "triton": "fastattn.linear.triton",
+        "reference": "fastattn.linear.reference",
+    },
 }
 
 DELEGATE = "sdpa"  # PyTorch's own attention: named, or taken where the ledger records it as faster
 
-# feature -> how messages and the support matrix name it
+# family -> feature -> how messages and the support matrix name it
 FEATURES = {
-    "backward": "gradients",
-    "causal": "causal",
-    "window": "window",
-    "alignment": "causal or window off the diagonal of equal lengths",
-    "query_start": "query_start per sequence",
-    "key_start": "key_start",
-    "key_lengths": "key_lengths",
-    "packed": "packed sequences (attention_varlen)",
-    "paged": "paged KV cache (attention_with_kvcache)",
-    "bool_mask": "bool attn_mask",
-    "float_bias": "float attn_mask",
-    "bias_grad": "gradient of attn_mask",
-    "lse_grad": "gradient through the LSE",
-    "gqa": "grouped-query heads",
-    "value_dim": "value head_dim different from query's",
-    "softcap": "softcap",
-    "alibi": "alibi_slopes",
-    "sinks": "sinks",
-    "dropout": "dropout",
-    "deterministic": "deterministic=True",
-    "transforms": "torch.func transforms and forward-mode AD",
+    "dense": {
+        "backward": "gradients",
+        "causal": "causal",
+        "window": "window",
+        "alignment": "causal or window off the diagonal of equal lengths",
+        "query_start": "query_start per sequence",
+        "key_start": "key_start",
+        "key_lengths": "key_lengths",
+        "packed": "packed sequences (attention_varlen)",
+        "paged": "paged KV cache (attention_with_kvcache)",
+        "bool_mask": "bool attn_mask",
+        "float_bias": "float attn_mask",
+        "bias_grad": "gradient of attn_mask",
+        "lse_grad": "gradient through the LSE",
+        "gqa": "grouped-query heads",
+        "value_dim": "value head_dim different from query's",
+        "softcap": "softcap",
+        "alibi": "alibi_slopes",
+        "sinks": "sinks",
+        "dropout": "dropout",
+        "deterministic": "deterministic=True",
+        "transforms": "torch.func transforms and forward-mode AD",
+    },
+    "linear": {
+        "backward": "gradients",
+        "causal": "causal",
+        "normalize": "normalize=True",
+        "decay": "decay per head, or per head and step",
+        "vector_decay": "decay per step and key dimension",
+        "delta": "delta rule",
+        "projection": "projected features",
+        "softmax_features": "positive softmax features (Performer)",
+        "state": "initial_state and return_state",
+        "key_mask": "key_mask",
+        "packed": "packed sequences (cu_seqlens)",
+        "gqa": "grouped-query heads",
+        "value_dim": "value head_dim different from query's",
+        "transforms": "torch.func transforms and forward-mode AD",
+    },
 }
 
 
@@ -85,7 +108,7 @@ class Capability:
             return "any"
         less: dict[int, list[str]] = {}
         for feature, widest in sorted(self.narrower):
-            less.setdefault(widest, []).append(FEATURES[feature])
+            less.setdefault(widest, []).append(FEATURES[self.family][feature])
         notes = ", ".join(f"{widest} with {' or '.join(names)}" for widest, names in less.items())
         return f"1 to {self.max_head_dim}" + (f" ({notes})" if notes else "")
 
@@ -154,6 +177,7 @@ def backend_names(family: str) -> tuple[str, ...]:
 def reasons_against(capability: Capability, needs: Requirements) -> tuple[str, ...]:
     """Everything that keeps a backend from running a problem; empty where it can."""
     reasons = []
+    texts = FEATURES[capability.family]
     missing = capability.unavailable(needs.device, needs.device_index)
     if missing:
         reasons.append(missing)
@@ -165,11 +189,11 @@ def reasons_against(capability: Capability, needs: Requirements) -> tuple[str, .
         reasons.append(f"does not support {needs.dtype} on {needs.device}")
     if capability.max_head_dim is not None:
         limits = {capability.max_head_dim: ""}
-        limits |= {most: f" with {FEATURES[name]}" for name, most in capability.narrower if name in needs.features}
+        limits |= {most: f" with {texts[name]}" for name, most in capability.narrower if name in needs.features}
         widest = min(limits)
         if needs.head_dim > widest:
             reasons.append(f"head_dim must be at most {widest}{limits[widest]}, got {needs.head_dim}")
-    lacking = [FEATURES[f] for f in FEATURES if f in needs.features and f not in capability.features]
+    lacking = [text for f, text in texts.items() if f in needs.features and f not in capability.features]
     if lacking:
         reasons.append("does not support " + ", ".join(lacking))
     return tuple(reasons)

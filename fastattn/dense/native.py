@@ -48,14 +48,14 @@ CAPABILITY = Capability(
     unavailable=lambda device, index: _extension.unavailable(),
 )
 
-_Strided = tuple[int, ...]  # address, a stride per axis, address of the first rows of packed sequences or 0
+Strided = tuple[int, ...]  # address, a stride per axis, address of the first rows of packed sequences or 0
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _view(tensor: Tensor, cu_seqlens: Tensor | None = None) -> _Strided:
+def view(tensor: Tensor, cu_seqlens: Tensor | None = None) -> Strided:
     """A (B, H, S, D) tensor, or a (B, H, S) one; of packed sequences with their boundaries."""
     batch, *others = tensor.stride()
     if len(others) == 2:
@@ -65,7 +65,7 @@ def _view(tensor: Tensor, cu_seqlens: Tensor | None = None) -> _Strided:
     return (tensor.data_ptr(), 0, *others, cu_seqlens.data_ptr())
 
 
-def _per_head(tensor: Tensor) -> _Strided:
+def _per_head(tensor: Tensor) -> Strided:
     """(Hq,) or (B, Hq)."""
     return (tensor.data_ptr(), *(0, *tensor.stride())[-2:], 0, 0, 0)
 
@@ -80,10 +80,10 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
         # Working memory goes by the longest sequence; none is longer than all of them.
         params.seqlen_q = min(p.max_seqlen_q, query.shape[2])
         params.seqlen_k = min(p.max_seqlen_k, key.shape[2])
-    dtypes = _dtypes(native)
+    dtypes = dtypes_of(native)
     params.dtype = dtypes[query.dtype]
-    params.query = _view(query, p.cu_seqlens_q)
-    params.key, params.value = _view(key, p.cu_seqlens_k), _view(value, p.cu_seqlens_k)
+    params.query = view(query, p.cu_seqlens_q)
+    params.key, params.value = view(key, p.cu_seqlens_k), view(value, p.cu_seqlens_k)
     mask = p.attn_mask
     if mask is not None:
         params.attn_mask = _broadcast_view(mask)
@@ -115,13 +115,13 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
     return params
 
 
-def _broadcast_view(mask: Tensor) -> _Strided:
+def _broadcast_view(mask: Tensor) -> Strided:
     strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     return (mask.data_ptr(), *strides, 0)
 
 
 @cache
-def _dtypes(native: ModuleType) -> dict[torch.dtype, Any]:
+def dtypes_of(native: ModuleType) -> dict[torch.dtype, Any]:
     return {
         torch.float32: native.Dtype.float32,
         torch.bfloat16: native.Dtype.bfloat16,
@@ -131,7 +131,7 @@ def _dtypes(native: ModuleType) -> dict[torch.dtype, Any]:
     }
 
 
-def _launch(kernel: Callable[[Any], None], scratch_bytes: Callable[[Any], int], params: Any) -> None:
+def launch(kernel: Callable[[Any], None], scratch_bytes: Callable[[Any], int], params: Any) -> None:
     # From torch's allocator, like every other buffer: its memory tools then see all that a call needs.
     scratch = torch.empty(max(scratch_bytes(params), 1), dtype=torch.uint8)
     params.scratch = scratch.data_ptr()
@@ -148,8 +148,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     # Kept in locals: the kernel reads them through bare pointers.
     query, key, value = unit_rows(p.query), unit_rows(p.key), unit_rows(p.value)
     params = _params(native, p, query, key, value)
-    params.out, params.lse = _view(out, p.cu_seqlens_q), _view(lse, p.cu_seqlens_q)
-    _launch(native.cpu_dense_forward, native.cpu_dense_forward_scratch, params)
+    params.out, params.lse = view(out, p.cu_seqlens_q), view(lse, p.cu_seqlens_q)
+    launch(native.cpu_dense_forward, native.cpu_dense_forward_scratch, params)
     return out, lse
 
 
@@ -171,16 +171,16 @@ def backward(
     query, key, value = unit_rows(p.query), unit_rows(p.key), unit_rows(p.value)
     out, grad_out = unit_rows(out), unit_rows(grad_out)
     params = _params(native, p, query, key, value)
-    params.out, params.lse = _view(out, p.cu_seqlens_q), _view(lse, p.cu_seqlens_q)
-    params.grad_out, params.grad_query = _view(grad_out, p.cu_seqlens_q), _view(grad_query, p.cu_seqlens_q)
-    params.grad_key, params.grad_value = _view(grad_key, p.cu_seqlens_k), _view(grad_value, p.cu_seqlens_k)
+    params.out, params.lse = view(out, p.cu_seqlens_q), view(lse, p.cu_seqlens_q)
+    params.grad_out, params.grad_query = view(grad_out, p.cu_seqlens_q), view(grad_query, p.cu_seqlens_q)
+    params.grad_key, params.grad_value = view(grad_key, p.cu_seqlens_k), view(grad_value, p.cu_seqlens_k)
     if grad_lse is not None:
-        params.grad_lse = _view(grad_lse, p.cu_seqlens_q)
+        params.grad_lse = view(grad_lse, p.cu_seqlens_q)
     if mask_sum is not None:
         params.grad_mask = _broadcast_view(mask_sum)
     if p.sinks is not None:
         params.grad_sinks = _per_head(grad_sinks)
-    _launch(native.cpu_dense_backward, native.cpu_dense_backward_scratch, params)
+    launch(native.cpu_dense_backward, native.cpu_dense_backward_scratch, params)
     if mask_sum is not None:
         grad_mask.copy_(mask_sum)
     return results
@@ -189,7 +189,7 @@ def backward(
 def append(a: Appending) -> Tensor:
     """Write new keys and values into a cache, as `fastattn.dense.append.append` does."""
     native = _extension.native()
-    dtypes = _dtypes(native)
+    dtypes = dtypes_of(native)
     rotated = allocate_rotated(a.query, a.cos)
     params = native.AppendParams()
     params.batch, params.heads_q, params.seqlen_q, params.head_dim = a.query.shape
@@ -197,15 +197,15 @@ def append(a: Appending) -> Tensor:
     params.dtype = dtypes[a.query.dtype]
     # Kept in locals: the kernel reads them through bare pointers.
     query, key, value = unit_rows(a.query), unit_rows(a.key), unit_rows(a.value)
-    params.key, params.value = _view(key), _view(value)
-    params.key_cache, params.value_cache = _view(a.key_cache), _view(a.value_cache)
+    params.key, params.value = view(key), view(value)
+    params.key_cache, params.value_cache = view(a.key_cache), view(a.value_cache)
     params.key_lengths = a.key_lengths.data_ptr()
     if a.block_table is not None:
         params.block_table, params.block_table_stride = a.block_table.data_ptr(), a.block_table.stride(0)
         params.page_size = a.key_cache.shape[2]
     if a.cos is not None and a.sin is not None:
-        params.query, params.rotated = _view(query), _view(rotated)
-        params.cos, params.sin = _view(a.cos[None, None]), _view(a.sin[None, None])
+        params.query, params.rotated = view(query), view(rotated)
+        params.cos, params.sin = view(a.cos[None, None]), view(a.sin[None, None])
         params.table_dtype, params.rotary_dim = dtypes[a.cos.dtype], 2 * a.cos.shape[1]
         params.interleaved = a.interleaved
     params.threads = torch.get_num_threads()

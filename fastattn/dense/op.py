@@ -128,7 +128,7 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _distinct(args: tuple) -> tuple:
+def distinct(args: tuple) -> tuple:
     """The arguments with views in place of repeated tensors, which compiled autograd Functions do not accept."""
     distinct: list[Any] = []
     for arg in args:
@@ -176,7 +176,7 @@ def _attend(p: Problem, lse_grad: bool) -> tuple[Tensor, Tensor]:
         return reference.formula(p)
     args = p.args()
     if torch.compiler.is_compiling():
-        args = _distinct(args)
+        args = distinct(args)
     differentiable = (p.query, p.key, p.value, p.attn_mask, p.sinks)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         if p.backend is not None and not torch.compiler.is_compiling():

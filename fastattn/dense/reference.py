@@ -22,7 +22,7 @@ CAPABILITY = Capability(
     devices=frozenset(),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}),
     max_head_dim=None,
-    features=frozenset(FEATURES),
+    features=frozenset(FEATURES["dense"]),
 )
 
 

@@ -43,7 +43,7 @@ CAPABILITY = Capability(
     dtypes=frozenset({torch.float32, torch.float16} | (set() if INTERPRETED else {torch.bfloat16})),
     max_head_dim=576,  # latent attention's
     narrower=frozenset({("backward", _MAIN), ("packed", _MAIN)}),
-    features=frozenset(FEATURES) - {"transforms"},
+    features=frozenset(FEATURES["dense"]) - {"transforms"},
     unavailable=_unavailable,
 )
 
