@@ -2,6 +2,7 @@
 
     python examples/train_lm.py      # naive, then fastattn, on the sources of Python's standard library
     python examples/train_lm.py --text novel.txt --attention fastattn --steps 1000
+    python examples/train_lm.py --mechanism gla      # another mechanism alone; compare_mechanisms.py compares them
 
 Both runs start from the same weights and see the same batches, so their losses may differ by rounding only: the
 program fails (exit code 1) where they differ by more than 1e-3 within the first 200 steps. The yardstick for having
@@ -52,6 +53,7 @@ LEARNING_RATE = 1e-3
 
 MODEL = "model.pt"
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+MECHANISMS = ("flash", "performer", "linear", "retention", "gla", "delta")  # the causal ones
 COLOURS = {"naive": "#a8a8a8", "sdpa": "#d98c00", "fastattn": "#1f5fa8"}
 
 
@@ -88,7 +90,7 @@ def train(text: bytes, attention: str, arguments: argparse.Namespace) -> dict[st
     device = torch.device(arguments.device)
     batch_size, seq_len, steps = arguments.batch_size, arguments.seq_len, arguments.steps
     torch.manual_seed(arguments.seed)
-    config = TransformerConfig(num_kv_heads=2, max_seq_len=seq_len, attention=attention)
+    config = TransformerConfig(num_kv_heads=2, max_seq_len=seq_len, attention=attention, mechanism=arguments.mechanism)
     model = Transformer(config).to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     gains = [p for p in model.parameters() if p.ndim < 2]
@@ -135,7 +137,7 @@ def train(text: bytes, attention: str, arguments: argparse.Namespace) -> dict[st
     timed = seconds[UNTIMED_STEPS:] or seconds
     return {
         "attention": attention,
-        "backend": selected_backend(config, batch_size, device) if attention == "fastattn" else None,
+        "backend": selected_backend(config, batch_size, device),
         "parameters": sum(p.numel() for p in model.parameters()),
         "final_loss": statistics.fmean(losses[-FINAL_STEPS:]),
         "tokens_per_second": batch_size * seq_len / statistics.median(timed),
@@ -159,8 +161,10 @@ def load(path: Path, device: torch.device, **config: Any) -> Transformer:
     return model.requires_grad_(False).eval()
 
 
-def selected_backend(config: TransformerConfig, batch_size: int, device: torch.device) -> str:
-    """The backend that fastattn takes for this model's attention."""
+def selected_backend(config: TransformerConfig, batch_size: int, device: torch.device) -> str | None:
+    """The backend that fastattn takes for this model's softmax attention, None where it has none."""
+    if config.attention != "fastattn" or config.mechanism != "flash":
+        return None
 
     def tensor(heads: int) -> Tensor:
         shape = (batch_size, heads, config.max_seq_len, config.head_dim)
@@ -270,6 +274,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = ("both", "naive", "fastattn", "sdpa")
     parser.add_argument("--attention", choices=choices, default="both", help="default: both, naive then fastattn")
+    parser.add_argument("--mechanism", choices=MECHANISMS, default="flash", help="default: flash, which is attention")
     parser.add_argument("--text", type=Path, help="file to train on instead of Python's standard library")
     parser.add_argument("--steps", type=positive, default=250, help="default: %(default)s")
     parser.add_argument("--seq-len", type=positive, default=512, help="bytes a sequence, default: %(default)s")
@@ -279,7 +284,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help="default: a GPU where there is one, else cpu")
     parser.add_argument("--worker-result", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.mechanism != "flash":
+        if arguments.attention in ("naive", "sdpa"):
+            parser.error(f"--mechanism {arguments.mechanism} needs --attention fastattn, got {arguments.attention}")
+        arguments.attention = "fastattn"
+    return arguments
 
 
 def main(argv: Sequence[str]) -> int:
@@ -302,7 +312,8 @@ def main(argv: Sequence[str]) -> int:
     differences = [run["largest_difference"] for run in runs[1:]]
     report = {
         "model": f"{runs[0]['parameters'] / 1e6:.2f} M parameters, {arguments.steps} steps of "
-        f"{arguments.batch_size} x {arguments.seq_len} bytes, float32, seed {arguments.seed}",
+        f"{arguments.batch_size} x {arguments.seq_len} bytes, float32, seed {arguments.seed}"
+        + ("" if arguments.mechanism == "flash" else f", mechanism {arguments.mechanism}"),
         "text": description,
         "environment": environment(torch.device(arguments.device)),
         "steps": arguments.steps,

@@ -26,20 +26,87 @@ from torch import Tensor
 
 from fastattn.dense.kvcache import attention_with_kvcache
 from fastattn.dense.naive import naive_attention
-from fastattn.models.transformer import ATTENTION, Transformer, apply_rotary
+from fastattn.models.transformer import ATTENTION, Transformer, TransformerConfig, apply_rotary
 
 PAGE_SIZE = 64  # steps over pages of 16 measured up to a fifth slower on a CPU; larger ones bring little
 
 
-class KVCache:
-    """Keys and values of every layer for a batch of sequences of different lengths; inference only.
+class Cache:
+    """What a `Transformer` keeps of a batch of sequences of different lengths while they grow; inference only.
+
+    Attributes:
+        config: of the model that it is for.
+        capacity: the most tokens a sequence may have.
+        lengths: tokens of each sequence, a list of ints; empty where there are no sequences.
+    """
+
+    config: TransformerConfig
+    capacity: int
+    lengths: list[int]
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        raise NotImplementedError
+
+    def begin(self, model: Transformer, batch: int, seq_len: int, counts: Sequence[int] | None = None) -> None:
+        """Make room for `seq_len` tokens more of each of `batch` sequences: what `Transformer.hidden` says."""
+        raise NotImplementedError
+
+    def attend(self, layer: int, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, x_BSE: Tensor) -> Tensor:
+        """Causal attention (B, H, S, D) of one layer's new tokens, not yet turned by their positions, over all tokens.
+
+        x_BSE is that layer's input. `lengths` do not change before `end`.
+        """
+        raise NotImplementedError
+
+    def reorder(self, index: Sequence[int]) -> None:
+        """Let sequence index[i] be the i-th from now on."""
+        raise NotImplementedError
+
+    def check_room(self, lengths: Sequence[int]) -> None:
+        """Raise ValueError unless the sequences, or new ones where there are none, may grow to these lengths (B,)."""
+        for b, length in enumerate(lengths):
+            if length > self.capacity:
+                raise ValueError(
+                    f"fastattn: sequence {b} must have at most {self.capacity} tokens, the cache's capacity, "
+                    f"got {length}"
+                )
+
+    def end(self) -> None:
+        """Count the tokens of the last `begin`, which every layer has now stored."""
+        self.lengths = [n + new for n, new in zip(self.lengths, self._counts, strict=True)]
+
+    def _lengths_after(self, model: Transformer, batch: int, seq_len: int, counts: Sequence[int] | None) -> list[int]:
+        """The lengths that such a `begin` leads to, checked, its prefill and counts kept."""
+        if torch.is_grad_enabled():
+            raise ValueError("fastattn: a cache must be used under torch.no_grad(), because it has no gradient")
+        if model.config != self.config:
+            raise ValueError(f"fastattn: cache must be made for this model, {model.config}, got {self.config}")
+        if self.lengths and batch != len(self.lengths):
+            raise ValueError(
+                f"fastattn: tokens must have a row for each of the cache's {len(self.lengths)} sequences, got {batch}"
+            )
+        self._prefill = not any(self.lengths)
+        self._counts = [seq_len] * batch if counts is None else [operator.index(n) for n in counts]
+        if len(self._counts) != batch or not all(0 <= n <= seq_len for n in self._counts):
+            raise ValueError(f"fastattn: counts must be {batch} numbers from 0 to {seq_len}, got {counts}")
+        if not self._prefill and min(self._counts) < seq_len:
+            raise ValueError(
+                f"fastattn: counts must all be {seq_len} where the cache is not empty, got {self._counts}: only "
+                "a prompt may be padded"
+            )
+        lengths = [n + new for n, new in zip(self.lengths or [0] * batch, self._counts, strict=True)]
+        self.check_room(lengths)
+        return lengths
+
+
+class KVCache(Cache):
+    """Keys and values of every layer.
 
     Made by `static`, `rolling` or `paged`. An empty one takes its sequences from the first tokens that the model is
     called with, and `clear` empties it again.
 
     Attributes:
-        lengths: tokens of each sequence, a list of ints; empty where there are no sequences.
-        capacity: the most tokens a sequence may have.
         page_size: tokens a page.
         free_pages: pages that no sequence has.
         key, value: a tensor (pages, Hkv, page_size, D) for each layer, uninitialised where nothing was stored.
@@ -53,6 +120,11 @@ class KVCache:
             raise ValueError(
                 f"fastattn: model must have attention {' or '.join(map(repr, self.attentions))} for a "
                 f"{type(self).__name__}, got {config.attention!r}"
+            )
+        if config.options is not None or not config.causal:
+            raise ValueError(
+                "fastattn: model must be causal with mechanism 'flash' to have keys and values cached, got "
+                f"causal={config.causal}, mechanism={config.mechanism!r}"
             )
         for name, size in (("pages", pages), ("page_size", page_size), ("capacity", capacity)):
             if size < 1:
@@ -108,45 +180,20 @@ class KVCache:
 
     def clear(self) -> None:
         """Forget every sequence and free its pages."""
-        self.lengths: list[int] = []
+        self.lengths = []
         self._written: list[int] = []  # the longest that each sequence has been since it was empty
         self._pages: list[list[int]] = []
         self._free = list(reversed(range(len(self.key[0]))))  # from its end, so that first come pages 0, 1, ...
         self._tabulate()
 
     def check_room(self, lengths: Sequence[int]) -> None:
-        """Raise ValueError unless the sequences, or new ones where there are none, may grow to these lengths (B,)."""
-        for b, length in enumerate(lengths):
-            if length > self.capacity:
-                raise ValueError(
-                    f"fastattn: sequence {b} must have at most {self.capacity} tokens, the cache's capacity, "
-                    f"got {length}"
-                )
+        super().check_room(lengths)
         owned = map(len, self._pages) if self._pages else [0] * len(lengths)
         pages = sum(max(0, self._needed(n) - own) for n, own in zip(lengths, owned, strict=True))
         self._check_free(pages, self.free_pages)
 
     def begin(self, model: Transformer, batch: int, seq_len: int, counts: Sequence[int] | None = None) -> None:
-        """Make room for `seq_len` tokens more of each of `batch` sequences: what `Transformer.hidden` says."""
-        if torch.is_grad_enabled():
-            raise ValueError("fastattn: a cache must be used under torch.no_grad(), because it has no gradient")
-        if model.config != self.config:
-            raise ValueError(f"fastattn: cache must be made for this model, {model.config}, got {self.config}")
-        if self.lengths and batch != len(self.lengths):
-            raise ValueError(
-                f"fastattn: tokens must have a row for each of the cache's {len(self.lengths)} sequences, got {batch}"
-            )
-        self._prefill = not any(self.lengths)
-        self._counts = [seq_len] * batch if counts is None else [operator.index(n) for n in counts]
-        if len(self._counts) != batch or not all(0 <= n <= seq_len for n in self._counts):
-            raise ValueError(f"fastattn: counts must be {batch} numbers from 0 to {seq_len}, got {counts}")
-        if not self._prefill and min(self._counts) < seq_len:
-            raise ValueError(
-                f"fastattn: counts must all be {seq_len} where the cache is not empty, got {self._counts}: only "
-                "a prompt may be padded"
-            )
-        lengths = [n + new for n, new in zip(self.lengths or [0] * batch, self._counts, strict=True)]
-        self.check_room(lengths)
+        lengths = self._lengths_after(model, batch, seq_len, counts)
         if not self._prefill:
             for b, length in enumerate(self.lengths):
                 if self._lost(b, length + seq_len) > self._seen_from(length):
@@ -179,18 +226,14 @@ class KVCache:
             in_order = self._columns == 1 and all(pages == [b] for b, pages in enumerate(self._pages))
             self._block_table = None if in_order else self._table
 
-    def attend(self, layer: int, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
-        """Causal attention (B, H, S, D) of one layer's new tokens, not yet turned by their positions, over all tokens.
-
-        The new keys and values go into the cache; `lengths` do not change before `end`.
-        """
+    def attend(self, layer: int, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, x_BSE: Tensor) -> Tensor:
         if not self._prefill:
             return self._step(layer, q_BSHD, k_BSKD, v_BSKD)
         q_BSHD, k_BSKD = (apply_rotary(x, self._cos, self._sin) for x in (q_BSHD, k_BSKD))
         self.key[layer][self._target] = k_BSKD[self._source]
         self.value[layer][self._target] = v_BSKD[self._source]
         q_BHSD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSKD, v_BSKD))
-        return ATTENTION[self.config.attention](q_BHSD, k_BKSD, v_BKSD, self.config.window)
+        return ATTENTION[self.config.attention](q_BHSD, k_BKSD, v_BKSD, True, self.config.window)
 
     def _step(self, layer: int, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
         key, value, window = self.key[layer], self.value[layer], self.config.window
@@ -210,8 +253,7 @@ class KVCache:
         )
 
     def end(self) -> None:
-        """Count the tokens of the last `begin`, which every layer has now stored."""
-        self.lengths = [n + new for n, new in zip(self.lengths, self._counts, strict=True)]
+        super().end()
         self._written = list(map(max, self._written, self.lengths))
 
     def crop(self, lengths: Sequence[int]) -> None:

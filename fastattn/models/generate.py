@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastattn.models.cache import PAGE_SIZE, KVCache, TorchCache
+from fastattn.models.cache import PAGE_SIZE, Cache, KVCache, TorchCache
+from fastattn.models.state_cache import StateCache
 from fastattn.models.transformer import Transformer
 
 Kind = Literal["static", "rolling", "paged"]
@@ -26,7 +27,7 @@ def generate(
     top_p: float | None = None,
     stop: int | Sequence[int] = (),
     generator: torch.Generator | None = None,
-    cache: Kind | KVCache | None = "static",
+    cache: Kind | Cache | None = "static",
     stream: Callable[[int, int], object] | None = None,
 ) -> list[Tensor]:
     """Continue every prompt by up to `max_new_tokens` tokens.
@@ -41,8 +42,9 @@ def generate(
         generator: source of randomness, on the CPU whatever the model's device; default torch's own. Each step draws
             one number for every prompt, ended or not, so no sequence depends on when another ends; greedy ones draw
             none.
-        cache: "static", "rolling" (for models with a window) or "paged"; None computes everything anew for each token.
-            Or a `KVCache` of this model without sequences, which is left without sequences again.
+        cache: "static" (with a linear mechanism its state), "rolling" (for models with a window) or "paged"; None
+            computes everything anew for each token. Or a cache of this model without sequences, which is left without
+            sequences again.
         stream: called with (index of the prompt, token) as soon as there is one.
 
     Returns:
@@ -53,6 +55,8 @@ def generate(
             the model's max_seq_len or into the cache; nothing has been computed then.
     """
     config = model.config
+    if not config.causal:
+        raise ValueError("fastattn: model must be causal to generate, got causal=False")
     _check_sampling(temperature, top_k, top_p)
     _check_integer("max_new_tokens", max_new_tokens, 0)
     if generator is not None and generator.device.type != "cpu":
@@ -146,7 +150,7 @@ def sample(
     return (rank if order is None else order.gather(1, rank))[:, 0]
 
 
-def _next_logits(model: Transformer, rows: list[list[int]], cache: KVCache | None) -> Tensor:
+def _next_logits(model: Transformer, rows: list[list[int]], cache: Cache | None) -> Tensor:
     """Logits (B, V) of what follows the last token of each row; with a cache, the rows are only what is new to it."""
     device = model.embedding.weight.device
     counts = [len(row) for row in rows]
@@ -158,15 +162,17 @@ def _next_logits(model: Transformer, rows: list[list[int]], cache: KVCache | Non
     return model.logits(hidden_BSE[torch.arange(len(rows), device=device), last_B])
 
 
-def _cache(model: Transformer, kind: Kind | KVCache | None, lengths: list[int]) -> KVCache | None:
+def _cache(model: Transformer, kind: Kind | Cache | None, lengths: list[int]) -> Cache | None:
     """The cache to use, checked to have room for sequences of these lengths."""
     if kind is None:
         return None
-    if isinstance(kind, KVCache):
+    if isinstance(kind, Cache):
         if kind.lengths:
             raise ValueError(f"fastattn: cache must have no sequences yet, got lengths {kind.lengths}")
         kind.check_room(lengths)
         return kind
+    if kind == "static" and model.config.options is not None:
+        return StateCache(model)
     cls = KVCache if model.config.attention in KVCache.attentions else TorchCache
     if kind == "static":
         return cls.static(model, len(lengths), max(lengths))

@@ -1,4 +1,4 @@
-"""A decoder-only language model in one file, with attention as the one thing that can be swapped.
+"""A language model in one file, decoder or encoder, with attention as the one thing that can be swapped.
 
 Pre-norm blocks with RMSNorm (Zhang & Sennrich, 2019), rotary positions (Su et al., 2021), grouped-query attention
 (Ainslie et al., 2023), SwiGLU (Shazeer, 2020) and tied embeddings (Press & Wolf, 2017). The form follows nanoGPT and
@@ -6,6 +6,11 @@ gpt-fast: a config, a block, a model, nothing else.
 
 `TransformerConfig.attention` names an entry of `ATTENTION`. Two models that differ only in that name hold the same
 parameters and compute the same function, so losses, speed and memory can be compared directly.
+`TransformerConfig.mechanism` puts another function in attention's place, and with it parameters of its own (gates).
+
+Rotary positions turn queries and keys of softmax attention and of all that estimates it, of retention, whose own
+rotation they are, and of linear attention through a feature map, where products no longer tell distances alone. GLA and
+the delta rule have none, as in their papers: what they forget tells distances.
 
 Shape suffixes: B batch, S sequence, E embedding, H query heads, K key/value heads, D head size, V vocabulary.
 """
@@ -24,31 +29,34 @@ from torch import Tensor, nn
 
 from fastattn import attention as fast_attention
 from fastattn.dense.naive import naive_attention
+from fastattn.nn import mechanisms
+from fastattn.nn.mechanisms import Mechanism
+from fastattn.nn.mixers import Heads, Mixer
 
 if TYPE_CHECKING:
-    from fastattn.models.cache import KVCache
+    from fastattn.models.cache import Cache
 
-AttentionFn = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
-#: Attention of one layer over its cache: (query (B, S, H, D), key and value (B, S, K, D)), not yet turned by their
-#: positions, to (B, H, S, D).
-CachedAttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def _fastattn(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | None) -> Tensor:
-    return fast_attention(q_BHSD, k_BKSD, v_BKSD, causal=True, window=None if window is None else (window - 1, 0))
+AttentionFn = Callable[[Tensor, Tensor, Tensor, bool, int | None], Tensor]
+#: Attention of one layer over its cache: (query (B, S, H, D), key and value (B, S, K, D), not yet turned by their
+#: positions, and the layer's input (B, S, E)) to (B, H, S, D).
+CachedAttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _sdpa(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | None) -> Tensor:
+def _fastattn(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, causal: bool, window: int | None) -> Tensor:
+    return fast_attention(q_BHSD, k_BKSD, v_BKSD, causal=causal, window=None if window is None else (window - 1, 0))
+
+
+def _sdpa(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, causal: bool, window: int | None) -> Tensor:
     gqa = q_BHSD.shape[1] != k_BKSD.shape[1]
     if window is None:
-        return F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, is_causal=causal, enable_gqa=gqa)
     mask_SS = _band(q_BHSD, window)
     return F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, attn_mask=mask_SS, enable_gqa=gqa)
 
 
-def _naive(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | None) -> Tensor:
+def _naive(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, causal: bool, window: int | None) -> Tensor:
     if window is None:
-        return naive_attention(q_BHSD, k_BKSD, v_BKSD, causal=True)
+        return naive_attention(q_BHSD, k_BKSD, v_BKSD, causal=causal)
     return naive_attention(q_BHSD, k_BKSD, v_BKSD, attn_mask=_band(q_BHSD, window))
 
 
@@ -59,7 +67,7 @@ def _band(q_BHSD: Tensor, window: int) -> Tensor:
     return (age_SS >= 0) & (age_SS < window)
 
 
-#: Causal self-attention by name: (query (B, H, S, D), key and value (B, K, S, D), window) -> (B, H, S, D).
+#: Self-attention by name: (query (B, H, S, D), key and value (B, K, S, D), causal, window) -> (B, H, S, D).
 ATTENTION: dict[str, AttentionFn] = {"fastattn": _fastattn, "sdpa": _sdpa, "naive": _naive}
 
 
@@ -69,7 +77,9 @@ class TransformerConfig:
 
     `num_kv_heads` (default: `num_heads`) below `num_heads` is grouped-query attention. `window` is the number of
     tokens each token sees, itself included (as in Mistral); None means all earlier ones. `attention` is a name in
-    `ATTENTION`. Raises ValueError for sizes that do not fit together.
+    `ATTENTION`. `causal=False` makes an encoder, in which all tokens see all. `mechanism` is a name or options of
+    `fastattn.nn`, as in `MultiheadAttention`; "linformer" by name has a quarter of max_seq_len as its keys. Raises
+    ValueError for what does not fit together.
     """
 
     vocab_size: int = 256
@@ -80,6 +90,8 @@ class TransformerConfig:
     max_seq_len: int = 512
     window: int | None = None
     attention: str = "fastattn"
+    causal: bool = True
+    mechanism: str | Mechanism = "flash"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "max_seq_len", "window"):
@@ -98,6 +110,24 @@ class TransformerConfig:
             )
         if self.attention not in ATTENTION:
             raise ValueError(f"TransformerConfig: attention must be one of {sorted(ATTENTION)}, got {self.attention!r}")
+        options = self.options
+        if options is not None:
+            options.mixer.check_causal(self.causal)
+            if self.attention != "fastattn":
+                raise ValueError(
+                    f"TransformerConfig: attention must be 'fastattn' with mechanism {options.mixer.name!r}, "
+                    f"got {self.attention!r}"
+                )
+        if self.window is not None and (options is not None or not self.causal):
+            raise ValueError(
+                "TransformerConfig: window must be None but for causal attention with mechanism 'flash', "
+                f"got {self.window}"
+            )
+
+    @property
+    def options(self) -> Mechanism | None:
+        """The mechanism's options; None for "flash"."""
+        return mechanisms.resolve(self.mechanism, self.max_seq_len)
 
     @property
     def head_dim(self) -> int:
@@ -131,24 +161,36 @@ def apply_rotary(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention with rotary positions, (B, S, E) to (B, S, E); over a cache where `cached` is given."""
+    """Self-attention with rotary positions, (B, S, E) to (B, S, E); over a cache where `cached` is given.
+
+    Attributes:
+        mixer: what attends in place of softmax attention, if anything.
+    """
+
+    mixer: Mixer | None
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads = (config.num_heads, config.kv_heads, config.kv_heads)
         self.head_dim = config.head_dim
-        self.window = config.window
+        self.causal, self.window = config.causal, config.window
+        self.mixer = None
         self.attend = ATTENTION[config.attention]
         self.qkv = nn.Linear(config.embed_dim, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
 
     def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor, cached: CachedAttentionFn | None = None) -> Tensor:
         q_BSHD, k_BSKD, v_BSKD = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        if cached is None:
-            q_BSHD, k_BSKD = apply_rotary(q_BSHD, cos, sin), apply_rotary(k_BSKD, cos, sin)
-            y_BHSD = self.attend(q_BSHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2), self.window)
+        if cached is not None:
+            y_BHSD = cached(q_BSHD, k_BSKD, v_BSKD, x_BSE)
         else:
-            y_BHSD = cached(q_BSHD, k_BSKD, v_BSKD)
+            if self.mixer is None or self.mixer.rotary:
+                q_BSHD, k_BSKD = apply_rotary(q_BSHD, cos, sin), apply_rotary(k_BSKD, cos, sin)
+            q_BHSD, k_BKSD, v_BKSD = (t.transpose(1, 2) for t in (q_BSHD, k_BSKD, v_BSKD))
+            if self.mixer is None:
+                y_BHSD = self.attend(q_BHSD, k_BKSD, v_BKSD, self.causal, self.window)
+            else:
+                y_BHSD = self.mixer(q_BHSD, k_BKSD, v_BKSD, x_BSE, causal=self.causal)
         return self.out(y_BHSD.transpose(1, 2).flatten(2))
 
 
@@ -181,9 +223,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model over integer tokens.
+    """Language model over integer tokens, decoder-only or, with `causal=False`, an encoder.
 
-    The random state of torch at construction fixes the initial weights, whatever `config.attention` is.
+    The random state of torch at construction fixes the initial weights, whatever `config.attention` is. What
+    `config.mechanism` adds is drawn after them.
     """
 
     cos: Tensor
@@ -203,8 +246,14 @@ class Transformer(nn.Module):
                 # Two additions a layer to the residual stream: smaller last matrices bound its variance.
                 std = 0.02 / math.sqrt(2 * config.num_layers) if name.endswith("out.weight") else 0.02
                 nn.init.normal_(parameter, std=std)
+        options = config.options
+        if options is not None:
+            heads = Heads(config.embed_dim, config.num_heads, config.kv_heads, config.head_dim)
+            for module in self.modules():
+                if isinstance(module, SelfAttention):
+                    module.mixer = options.build(heads)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, cache: Cache | None = None) -> Tensor:
         """Logits (B, S, V), or with `targets_BS` the mean cross-entropy in nats per token, a scalar.
 
         `tokens_BS` and `targets_BS` are int64 (B, S) with S up to `config.max_seq_len`; targets of -100 do not count.
@@ -220,7 +269,7 @@ class Transformer(nn.Module):
             return logits_BSV
         return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
 
-    def hidden(self, tokens_BS: Tensor, cache: KVCache | None = None, counts: Sequence[int] | None = None) -> Tensor:
+    def hidden(self, tokens_BS: Tensor, cache: Cache | None = None, counts: Sequence[int] | None = None) -> Tensor:
         """The last layer's normalised output (B, S, E), of which `logits` makes logits.
 
         With `cache`, which then holds their keys and values too, the S tokens of a row continue that sequence. Where

@@ -1,4 +1,4 @@
-"""`MultiheadAttention`: `torch.nn.MultiheadAttention` with fused attention inside."""
+"""`MultiheadAttention`: `torch.nn.MultiheadAttention` with fused attention, or another mechanism, inside."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from fastattn.dense.api import normalise
 from fastattn.dense.op import attention_op
 from fastattn.dense.problem import Problem
 from fastattn.dense.weights import attention_weights
+from fastattn.nn import masks, mechanisms
+from fastattn.nn.mechanisms import Mechanism
+from fastattn.nn.mixers import Heads, Mixer
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -33,13 +36,28 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     It is declined by `_qkv_same_embed_dim`, a private attribute of torch's, which here is always False; whether the
     projection weights are packed is told by `in_proj_weight is not None`.
 
+    Another `mechanism` computes something else between the same projections: torch's state dict then loads with
+    strict=False, which leaves what the mechanism adds as it is. It has no attention weights, so the call needs
+    need_weights=False (torch's own transformers pass it), no dropout, and no mask but `is_causal` and a
+    key_padding_mask that hides keys.
+
     Args:
-        backend: the `fastattn.attention` backend to insist on; None takes the first that supports a call. The other
-            arguments are torch's.
+        backend: the backend to insist on, of `fastattn.attention` (with a mechanism of the linear family, of
+            `fastattn.linear_attention`); None takes the first that supports a call.
+        mechanism: "flash", softmax attention; "performer", "nystrom", "linear", "retention", "gla", "delta"; or
+            options of a class in `fastattn.nn`, such as `Performer(num_features=128)` or `Linformer(512, 128)`.
+
+    The other arguments are torch's.
+
+    Attributes:
+        mixer: the mechanism's module; None for "flash".
 
     Raises:
-        ValueError: embed_dim and num_heads that are not positive; unknown backend.
+        TypeError, ValueError: embed_dim and num_heads that are not positive; unknown backend or mechanism; dropout,
+            add_bias_kv or add_zero_attn with a mechanism other than "flash".
     """
+
+    mixer: Mixer | None
 
     def __init__(
         self,
@@ -56,12 +74,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
+        mechanism: str | Mechanism = "flash",
     ) -> None:
-        arguments.backend(backend)
+        options = checked_mechanism(mechanism, backend)
+        if options is not None:
+            for name, given in (("dropout", dropout), ("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
+                if given:
+                    raise ValueError(f"fastattn: {name} must be off with {options.mixer.name}, got {given}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
+        self._set_mechanism(options, backend)
+
+    def _set_mechanism(self, options: Mechanism | None, backend: str | None) -> None:
         self.backend = backend
+        self.mixer = None
+        if options is not None:
+            like = self.out_proj.weight
+            heads = Heads(self.embed_dim, self.num_heads, self.num_heads, self.head_dim)
+            self.mixer = options.build(heads, device=like.device, dtype=like.dtype)
+            self.mixer.train(self.training)
 
     def _reset_parameters(self) -> None:
         # torch picks what to initialise by this attribute, and calls this last in its constructor.
@@ -83,7 +115,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from `query` to `key` and `value`.
+        """Attend from `query` to `key` and `value`; with gates, all three are the same tensor.
 
         Args:
             query: (N, L, embed_dim) with batch_first, else (L, N, embed_dim); unbatched (L, embed_dim); or nested
@@ -102,15 +134,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             without N if unbatched, padded with zeros if nested; None without need_weights.
 
         Raises:
-            ValueError: shapes that do not fit, or masks with nested inputs.
+            ValueError: shapes that do not fit, masks with nested inputs, or what the mechanism cannot do.
             TypeError: masks neither bool nor floating point, or nested inputs mixed with dense ones.
             UnsupportedError: the layer's backend cannot run the call.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             if key_padding_mask is not None or attn_mask is not None:
                 raise ValueError("fastattn: nested inputs carry their lengths; pass no key_padding_mask or attn_mask")
+            if self.mixer is not None:
+                return self._mixed_nested(query, key, value, need_weights, is_causal), None
             return self._forward_nested(query, key, value, need_weights, average_attn_weights, is_causal)
         self._check_shapes(query, key, value, key_padding_mask, attn_mask)
+        if self.mixer is not None:
+            self._check_mixed(self.mixer, need_weights, attn_mask, is_causal)
+            return self._mixed(self.mixer, query, key, value, masks.kept_keys(key_padding_mask), is_causal), None
         if is_causal and not need_weights:
             attn_mask = None
         elif attn_mask is not None:
@@ -119,18 +156,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q_NHLD, k_NHSD, v_NHSD = (self._split_heads(x) for x in self._project(query, key, value))
         learned, k_NHSD, v_NHSD = self._prepend_learned(k_NHSD, v_NHSD)
         shape = (q_NHLD.shape[0], self.num_heads, q_NHLD.shape[2], k_NHSD.shape[2])
-        mask = _merge_masks(
-            _in_four_dims(attn_mask, shape[:2], learned), _in_four_dims(key_padding_mask, None, learned), q_NHLD.dtype
+        mask = masks.merge(
+            masks.in_four_dims(attn_mask, shape[:2], learned),
+            masks.in_four_dims(key_padding_mask, None, learned),
+            q_NHLD.dtype,
         )
         problem = self._problem(q_NHLD, k_NHSD, v_NHSD, shape, is_causal, learned, attn_mask=mask)
         out_NHLD, lse_NHL = attention_op(problem, need_weights)
         batched = query.dim() == 3
-        out = out_NHLD.transpose(1, 2).flatten(2)
-        if not batched:
-            out = out.squeeze(0)
-        elif not self.batch_first:
-            out = out.transpose(0, 1)
-        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        out = self._merge_heads(out_NHLD, batched)
         if not need_weights:
             return out, None
         weights = attention_weights(problem, lse_NHL, average_attn_weights)
@@ -182,6 +216,51 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
+    def _merge_heads(self, out_NHLD: Tensor, batched: bool) -> Tensor:
+        """The layer's output of what `_split_heads` made of its input."""
+        out = out_NHLD.transpose(1, 2).flatten(2)
+        if not batched:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return F.linear(out, self.out_proj.weight, self.out_proj.bias)
+
+    def _mixed(
+        self, mixer: Mixer, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """The output with a mechanism other than softmax attention; key_mask is (N, S), True keeps."""
+        heads = [self._split_heads(x) for x in self._project(query, key, value)]
+        x_NLE = None
+        if query is key:
+            x_NLE = query[None] if query.dim() == 2 else query if self.batch_first else query.transpose(0, 1)
+        out_NHLD = mixer(*heads, x_NLE, causal=bool(is_causal), key_mask=key_mask, backend=self.backend)
+        return self._merge_heads(out_NHLD, query.dim() == 3)
+
+    def _mixed_nested(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, is_causal: bool) -> Tensor:
+        """Nested inputs through a mixer, padded."""
+        assert self.mixer is not None
+        self._check_mixed(self.mixer, need_weights, None, is_causal)
+        lengths = self._nested_lengths(query, key, value)
+        padded = {id(x): x.to_padded_tensor(0.0) for x in (query, key, value)}
+        query, key, value = (padded[id(x)] for x in (query, key, value))
+        key_mask = torch.arange(key.shape[1], device=key.device) < torch.tensor(lengths[1], device=key.device)[:, None]
+        out = self._mixed(self.mixer, query, key, value, key_mask, is_causal)
+        return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths[0], strict=True)])
+
+    def _check_mixed(self, mixer: Mixer, need_weights: bool, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if need_weights:
+            raise ValueError(f"fastattn: need_weights must be False with {mixer.name}, which has no attention weights")
+        if attn_mask is not None and not is_causal:
+            raise ValueError(
+                f"fastattn: attn_mask must be None with {mixer.name}, or come with is_causal=True, the promise that it "
+                "is the causal one"
+            )
+        if self.training and self.dropout:
+            raise ValueError(
+                f"fastattn: dropout must be off with {mixer.name}, which has no attention weights to drop, got "
+                f"{self.dropout} in training; set the layer's `dropout` to 0.0"
+            )
+
     def _prepend_learned(self, k_NHSD: Tensor, v_NHSD: Tensor) -> tuple[int, Tensor, Tensor]:
         """Key and value with the ones of add_bias_kv and add_zero_attn, after the number of those.
 
@@ -203,23 +282,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool, causal: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Nested inputs as packed sequences: no work on padding."""
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if not x.is_nested or x.layout != torch.strided:
-                given = f"nested, {x.layout}" if x.is_nested else "dense"
-                raise TypeError(
-                    f"fastattn: query, key and value must all be nested with layout torch.strided if one is, "
-                    f"got {name} {given}"
-                )
-        if not self.batch_first or self.bias_k is not None or self.add_zero_attn:
-            raise ValueError("fastattn: nested inputs need batch_first, and neither add_bias_kv nor add_zero_attn")
-        parts = {id(x): x.unbind() for x in (query, key, value)}
-        packed = {i: torch.cat(sequences) for i, sequences in parts.items()}
-        lengths_q, lengths_k, lengths_v = ([len(s) for s in parts[id(x)]] for x in (query, key, value))
-        if lengths_k != lengths_v or len(lengths_q) != len(lengths_k):
-            raise ValueError(
-                "fastattn: nested key and value must have the same lengths and query as many sequences, got "
-                f"{lengths_q} for query, {lengths_k} for key, {lengths_v} for value"
-            )
+        lengths_q, lengths_k = self._nested_lengths(query, key, value)
+        packed = {id(x): torch.cat(x.unbind()) for x in (query, key, value)}
         q_1HTD, k_1HTD, v_1HTD = (
             x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)[None]
             for x in self._project(*(packed[id(x)] for x in (query, key, value)))
@@ -247,6 +311,25 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             padded.append(F.pad(weights, padding))
         return out, torch.cat(padded)
 
+    def _nested_lengths(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[list[int], list[int]]:
+        """Lengths of the sequences of query and of key, from nested inputs that fit each other and the layer."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not x.is_nested or x.layout != torch.strided:
+                given = f"nested, {x.layout}" if x.is_nested else "dense"
+                raise TypeError(
+                    f"fastattn: query, key and value must all be nested with layout torch.strided if one is, "
+                    f"got {name} {given}"
+                )
+        if not self.batch_first or self.bias_k is not None or self.add_zero_attn:
+            raise ValueError("fastattn: nested inputs need batch_first, and neither add_bias_kv nor add_zero_attn")
+        lengths_q, lengths_k, lengths_v = ([len(s) for s in x.unbind()] for x in (query, key, value))
+        if lengths_k != lengths_v or len(lengths_q) != len(lengths_k):
+            raise ValueError(
+                "fastattn: nested key and value must have the same lengths and query as many sequences, got "
+                f"{lengths_q} for query, {lengths_k} for key, {lengths_v} for value"
+            )
+        return lengths_q, lengths_k
+
     def _check_shapes(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
     ) -> None:
@@ -273,51 +356,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f"{tuple(key.shape)} with batch_first={self.batch_first}"
             )
         padding = (length_k,) if dims == 2 else (batch, length_k)
-        _check_mask("key_padding_mask", key_padding_mask, (padding,))
-        _check_mask("attn_mask", attn_mask, ((length_q, length_k), (batch * self.num_heads, length_q, length_k)))
+        masks.check("key_padding_mask", key_padding_mask, (padding,))
+        masks.check("attn_mask", attn_mask, ((length_q, length_k), (batch * self.num_heads, length_q, length_k)))
 
 
-def _check_mask(name: str, mask: Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> None:
-    if mask is None:
-        return
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"fastattn: {name} must be bool or floating point, got {mask.dtype}")
-    if tuple(mask.shape) not in shapes:
-        raise ValueError(f"fastattn: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
-
-
-def _in_four_dims(mask: Tensor | None, batch_heads: tuple[int, int] | None, learned: int) -> Tensor | None:
-    """A mask that broadcasts to (N, num_heads, L, learned + S), the learned keys visible, still True where hidden.
-
-    batch_heads is (N, num_heads) for an attn_mask, None for a key_padding_mask.
-    """
-    if mask is None:
-        return None
-    if batch_heads is None:
-        mask = mask.view(-1, 1, 1, mask.shape[-1])
+def checked_mechanism(mechanism: str | Mechanism, backend: str | None) -> Mechanism | None:
+    """The options that `mechanism` is or names, None for "flash"; raises where it has no such backend either."""
+    options = mechanisms.resolve(mechanism)
+    if options is None:
+        arguments.backend(backend)
     else:
-        mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, batch_heads)
-    return F.pad(mask, (learned, 0)) if learned else mask
-
-
-def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Two masks in torch's sense as one in `fastattn.attention`'s (True keeps, or float), by types alone.
-
-    torch.nn.TransformerEncoder hands bool masks on as floats of 0 and -inf. Looking at the values to undo that would
-    wait for the device.
-    """
-    if attn_mask is None or padding is None:
-        mask = padding if attn_mask is None else attn_mask
-    elif attn_mask.dtype == padding.dtype == torch.bool:
-        mask = attn_mask | padding
-    elif padding.dtype == torch.bool:
-        mask = attn_mask.masked_fill(padding, float("-inf"))
-    elif attn_mask.dtype == torch.bool:
-        mask = padding.masked_fill(attn_mask, float("-inf"))
-    else:
-        mask = attn_mask + padding
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        return ~mask
-    return mask if mask.dtype in (dtype, torch.float32) else mask.to(dtype)
+        options.mixer.check_backend(backend)
+    return options

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import nn
 
-from fastattn.dense import arguments
-from fastattn.nn.multihead_attention import MultiheadAttention
+from fastattn.nn.mechanisms import Mechanism
+from fastattn.nn.multihead_attention import MultiheadAttention, checked_mechanism
 
 Status = Literal["replaced", "restored", "skipped"]
 
@@ -62,50 +62,65 @@ def _why_unknown(module: nn.Module) -> str:
     )
 
 
-def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report:
+def replace_attention(model: nn.Module, *, backend: str | None = None, mechanism: str | Mechanism = "flash") -> Report:
     """Turn every `torch.nn.MultiheadAttention` of `model` into a `fastattn.nn.MultiheadAttention`, in place.
 
     The model itself may be one. Each layer stays the same object and takes another class, so parameters (optimizers,
     tied weights), state-dict names, hooks, mode, device and dtype are untouched. A layer shared by several parents is
     replaced once. A compiled model compiles anew at its next call. `restore_attention` undoes it.
 
+    With another mechanism than "flash" the model computes something else. Parameters that the mechanism adds are new:
+    give them to the optimizer, and train. Dropout on attention weights has no counterpart: a call in training mode
+    raises until the layer's `dropout` is 0.0.
+
     Args:
         model: any module; changed in place.
         backend: the backend that every replaced layer asks for; None selects by call.
+        mechanism: of every replaced layer, as in `fastattn.nn.MultiheadAttention`.
 
     Returns:
         A `Report`: one (name, status, reason) for each attention layer found. Subclasses of
-        `torch.nn.MultiheadAttention` are skipped, because they may compute something else.
+        `torch.nn.MultiheadAttention` are skipped, because they may compute something else; so are layers with
+        add_bias_kv or add_zero_attn where the mechanism is not "flash".
 
     Raises:
-        ValueError: unknown backend; nothing was changed.
+        TypeError, ValueError: unknown backend or mechanism; nothing was changed.
     """
-    arguments.backend(backend)
+    options = checked_mechanism(mechanism, backend)
     layers = []
     for name, module in _attention_layers(model):
-        if type(module) is nn.MultiheadAttention:
+        if type(module) is MultiheadAttention:
+            layers.append(LayerReport(name, "skipped", f"already fastattn's, {_setting(module)}"))
+        elif type(module) is not nn.MultiheadAttention:
+            layers.append(LayerReport(name, "skipped", _why_unknown(module)))
+        elif options is not None and (module.bias_k is not None or module.add_zero_attn):
+            reason = f"add_bias_kv and add_zero_attn have no meaning with {options.mixer.name}"
+            layers.append(LayerReport(name, "skipped", reason))
+        else:
             module.__class__ = MultiheadAttention
             layer = cast(MultiheadAttention, module)
-            layer.backend = backend
+            layer._set_mechanism(options, backend)
             layer._qkv_same_embed_dim = False
-            layers.append(LayerReport(name, "replaced", f"backend={backend!r}"))
-        elif type(module) is MultiheadAttention:
-            layers.append(LayerReport(name, "skipped", f"already fastattn's, backend={module.backend!r}"))
-        else:
-            layers.append(LayerReport(name, "skipped", _why_unknown(module)))
+            dropout = "" if options is None or not layer.dropout else "; set its dropout to 0.0 to train"
+            layers.append(LayerReport(name, "replaced", _setting(layer) + dropout))
     return Report(layers)
+
+
+def _setting(layer: MultiheadAttention) -> str:
+    mechanism = "" if layer.mixer is None else f"mechanism={layer.mixer.options}, "
+    return f"{mechanism}backend={layer.backend!r}"
 
 
 def restore_attention(model: nn.Module) -> Report:
     """Turn every `fastattn.nn.MultiheadAttention` of `model` into a `torch.nn.MultiheadAttention`, in place.
 
-    The inverse of `replace_attention`, parameters untouched. Layers that were constructed as fastattn's become torch's
-    too. torch's own layers are skipped, and so are subclasses.
+    The inverse of `replace_attention`, parameters untouched; only those that another mechanism added go. Layers that
+    were constructed as fastattn's become torch's too. torch's own layers are skipped, and so are subclasses.
     """
     layers = []
     for name, module in _attention_layers(model):
         if type(module) is MultiheadAttention:
-            del module.backend
+            del module.backend, module.mixer
             module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
             module._qkv_same_embed_dim = module.in_proj_weight is not None
             layers.append(LayerReport(name, "restored", "torch.nn.MultiheadAttention again"))
