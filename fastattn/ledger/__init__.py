@@ -12,10 +12,10 @@ Schema 1, one object:
     versions  of fastattn, python and torch
     commit    of the source tree; null where it was not a checkout
     kernels   {kernel name: digest of its source, what it includes, and its flags}: the kernels that this record proves.
-              A kernel is named family/backend/instruction set, as in "dense/cpu/x86-64-v4"
-    cases     [{case, ratios: {"cpu/x86-64-v4 float32": 0.41, ...}}]: for each kernel and dtype the largest error of
-              output, LSE and gradients, divided by the bar it must not pass (1 is the bar). null: a failure without a
-              finite error
+              A kernel is named family/backend/instruction set, as in "dense/cpu/v4" and "linear/triton"
+    cases     [{family, case, ratios: {"cpu/v4 float32": 0.41, ...}}]: for each backend, instruction set and dtype the
+              largest error of results and gradients, divided by the bar it must not pass (1 is the bar). null: a
+              failure without a finite error. family is absent where the record knows of none but "dense"
     timings   [{shape, dtype, causal, pass, fastattn_ms, sdpa_ms, speedup, delegated_ms}]: interleaved medians beside
               PyTorch's scaled_dot_product_attention, called directly and (delegated_ms, null where it cannot run) as
               backend "sdpa". Selection reads the latter: see `sdpa_advantage`

@@ -1,7 +1,8 @@
 """Does every kernel compute what the reference defines, on the machine at hand? ``fastattn verify`` asks here.
 
-``verify`` walks the feature grid (``cases.GRID``) over backends, instruction sets and dtypes and returns a ``Report``;
-``record`` writes the report into the hardware ledger (``fastattn.ledger``). The contract tests run the same cases.
+``verify`` walks the feature grids of all families (``GRIDS``) over backends, instruction sets and dtypes and returns a
+``Report``; ``record`` writes the report into the hardware ledger (``fastattn.ledger``). The contract tests run the same
+cases. What a family supplies is a ``family.Family``; all else is the same for every one.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import torch
 from fastattn import _extension, ledger
 from fastattn._digest import digest
 from fastattn.backends import DELEGATE, capabilities
-from fastattn.verify.cases import GRID, Case, find_case
-from fastattn.verify.check import CaseResult, run_case
+from fastattn.verify.check import FAMILIES, CaseResult, run_case
+from fastattn.verify.family import Case
 from fastattn.verify.timings import timings
 
-__all__ = ["GRID", "Case", "CaseResult", "Report", "Row", "find_case", "record", "run_case", "verify"]
+__all__ = ["GRIDS", "CaseResult", "Report", "Row", "find_case", "record", "run_case", "verify"]
+
+GRIDS: dict[str, tuple[Case, ...]] = {name: family.GRID for name, family in FAMILIES.items()}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -37,9 +40,14 @@ class Row:
     result: CaseResult
 
     @property
-    def kernel(self) -> str:
+    def target(self) -> str:
         """The backend, with its instruction set where it has several."""
         return f"{self.result.backend}/{self.isa}" if self.isa else self.result.backend
+
+    @property
+    def kernel(self) -> str:
+        """The target's kernels of the case's family, as in "dense/cpu/v4"."""
+        return f"{self.result.case.family}/{self.target}"
 
     @property
     def dtype(self) -> str:
@@ -86,15 +94,20 @@ class Report:
         return "\n".join(lines)
 
 
-def backends_on(device: str, *dtypes: torch.dtype, own: bool = False) -> list[str]:
-    """The backends present on this machine that run on the device, and in all of these dtypes; in selection order.
+def find_case(name: str, family: str = "dense") -> Any:
+    """The case called ``name``; KeyError if there is none."""
+    return {case.name: case for case in GRIDS[family]}[name]
+
+
+def backends_on(device: str, *dtypes: torch.dtype, own: bool = False, family: str = "dense") -> list[str]:
+    """A family's backends on this machine that run on the device, and in all of these dtypes; in selection order.
 
     With ``own``, without PyTorch's own attention.
     """
     kind, index = torch.device(device).type, torch.device(device).index
     return [
         c.backend
-        for c in capabilities("dense")
+        for c in capabilities(family)
         if not c.unavailable(kind, index)
         and (not c.devices or kind in c.devices)
         and all(c.has_dtype(dtype, kind) for dtype in dtypes)
@@ -130,37 +143,43 @@ def verify(
     device: str | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-    cases: Iterable[Case] = GRID,
+    cases: Iterable[Case] | None = None,
     seed: int | None = None,
 ) -> Report:
-    """Run the feature grid of the dense family, forward and backward, on backends present on this machine.
+    """Run the feature grids, forward and backward, on backends present on this machine.
 
     Args:
         backends: names; default: every backend that runs on the device.
         device: a torch device; default "cuda" where there is one, else "cpu".
         dtypes: default: float32, bfloat16, float16, float64.
         progress: called before each row with (rows done, rows in all, what runs next).
-        cases: the grid.
+        cases: default: the grids of all families.
         seed: of the random inputs; default: a fresh one, kept in ``Report.seed``.
 
     Returns:
         a Report; failures are rows, never exceptions.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run on the device at all.
+        ValueError: a backend that is unknown, or cannot run any family of the cases on the device at all.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    present = backends_on(device)
-    chosen = present if backends is None else list(backends)
-    if unknown := [name for name in chosen if name not in present]:
-        raise ValueError(f"backends: {', '.join(unknown)} cannot run on {device} here; there are {', '.join(present)}")
+    cases = [case for grid in GRIDS.values() for case in grid] if cases is None else list(cases)
+    present = {family: backends_on(device, family=family) for family in dict.fromkeys(case.family for case in cases)}
+    known = list(dict.fromkeys(name for names in present.values() for name in names))
+    chosen = known if backends is None else list(backends)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"backends: {', '.join(unknown)} cannot run on {device} here; there are {', '.join(known)}")
     # Backend and instruction set innermost: they share the truth, which costs more than the kernels.
-    targets = [(backend, isa) for backend in chosen for isa in instruction_sets(backend)]
-    plan = [(case, dtype, target) for case in cases for dtype in dtypes or DTYPES for target in targets]
+    targets = {
+        family: [(backend, isa) for backend in chosen if backend in names for isa in instruction_sets(backend)]
+        for family, names in present.items()
+    }
+    plan = [(case, dtype, target) for case in cases for dtype in dtypes or DTYPES for target in targets[case.family]]
     report = Report(device, seed=torch.seed() % 2**31 if seed is None else seed)
     for done, (case, dtype, (backend, isa)) in enumerate(plan):
         if progress:
-            progress(done, len(plan), f"{backend} {isa} {dtype} {case.name}".replace("  ", " "))
+            target = f"{backend} {isa}" if isa else backend
+            progress(done, len(plan), f"{case.family} {target} {dtype} {case.name}")
         with forced_isa(isa):
             report.rows.append(Row(isa, run_case(case, dtype, backend, device, report.seed)))
     if progress:
@@ -169,20 +188,23 @@ def verify(
 
 
 def kernel_digests(device: str = "cpu") -> dict[str, str]:
-    """{"dense/cpu/<instruction set>" or "dense/triton": digest} of the kernels that run on the device.
+    """{"dense/cpu/<instruction set>" or "dense/triton": digest} of each family's kernels that run on the device.
 
+    The native kernels of all families are built as one source for each instruction set, and share its digest.
     {} on a CPU without a native build.
     """
     if torch.device(device).type != "cpu":
         import fastattn.kernels
 
         folder = Path(fastattn.kernels.__path__[0])
-        return {"dense/triton": digest(sorted(folder.glob("dense_*.py")))}
+        sources = {family: sorted(folder.glob(f"{family}_*.py")) for family in FAMILIES}
+        return {f"{family}/triton": digest(files) for family, files in sources.items() if files}
     native, _ = _extension.load()
     if native is None:
         return {}
     digests = native.build_info()["digests"]
-    return {f"dense/cpu/{isa}": digests[isa] for isa in native.cpu_isas()}
+    families = [family for family in FAMILIES if "cpu" in backends_on("cpu", family=family)]
+    return {f"{family}/cpu/{isa}": digests[isa] for family in families for isa in native.cpu_isas()}
 
 
 def _commit() -> str | None:
@@ -196,7 +218,7 @@ def _commit() -> str | None:
 
 def _ratios(rows: list[Row]) -> dict[str, float | None]:
     return {
-        f"{row.kernel} {row.dtype}": round(row.result.worst, 3) if row.result.worst != float("inf") else None
+        f"{row.target} {row.dtype}": round(row.result.worst, 3) if row.result.worst != float("inf") else None
         for row in rows
         if row.result.supported
     }
@@ -205,8 +227,8 @@ def _ratios(rows: list[Row]) -> dict[str, float | None]:
 def record(report: Report, path: Path | str | None = None, with_timings: bool = True) -> Path:
     """Write a report into the hardware ledger, with a few timings beside PyTorch's own attention.
 
-    The record names a kernel as proved only where the report walked the whole grid on it, in every dtype, and every
-    row passed.
+    The record names a kernel as proved only where the report walked its family's whole grid on it, in every dtype, and
+    every row passed.
 
     Args:
         path: folder of the record; default: the installed ledger.
@@ -217,14 +239,18 @@ def record(report: Report, path: Path | str | None = None, with_timings: bool = 
     import fastattn
 
     on_cpu = torch.device(report.device).type == "cpu"
-    by_kernel = {kernel: [row for row in report.rows if row.kernel == kernel] for kernel in report.kernels()}
-    full = len(GRID) * len(DTYPES)
-    proved = {k for k, rows in by_kernel.items() if len(rows) == full and all(row.result.passed for row in rows)}
+    by_kernel: dict[str, list[Row]] = {}
+    by_case: dict[tuple[str, str], list[Row]] = {}
+    for row in report.rows:
+        by_kernel.setdefault(row.kernel, []).append(row)
+        by_case.setdefault((row.result.case.family, row.result.case.name), []).append(row)
+    proved = {
+        kernel
+        for kernel, rows in by_kernel.items()
+        if len(rows) == len(GRIDS[rows[0].result.case.family]) * len(DTYPES) and all(row.result.passed for row in rows)
+    }
     best = backends_on(report.device, own=True)[0]
     rows = list(timings(best, report.device)) if with_timings else []
-    by_case: dict[str, list[Row]] = {}
-    for row in report.rows:
-        by_case.setdefault(row.result.case.name, []).append(row)
     content: dict[str, Any] = {
         "schema": ledger.SCHEMA,
         "device": {
@@ -240,12 +266,8 @@ def record(report: Report, path: Path | str | None = None, with_timings: bool = 
             "torch": torch.__version__,
         },
         "commit": _commit(),
-        "kernels": {
-            name: digest
-            for name, digest in kernel_digests(report.device).items()
-            if name.removeprefix("dense/") in proved
-        },
-        "cases": [{"case": name, "ratios": _ratios(rows)} for name, rows in by_case.items()],
+        "kernels": {name: found for name, found in kernel_digests(report.device).items() if name in proved},
+        "cases": [{"family": family, "case": name, "ratios": _ratios(of)} for (family, name), of in by_case.items()],
         "timings": rows,
     }
     return ledger.write_record(content, ledger.FOLDER if path is None else path)

@@ -9,7 +9,7 @@ seconds on a CPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Mask = Literal["bool", "bias", "bias_float32"]
 Fill = Literal["random", "empty_rows", "neg_inf", "finite_mask"]
@@ -41,6 +41,8 @@ class Case:
         page_size: rows of a page of an ``attention_with_kvcache`` problem, forward only. ``query_start`` is then
             ``key_lengths`` less ``q_len`` (see ``_paged``), so that the case means the same without pages.
     """
+
+    family: ClassVar[str] = "dense"
 
     name: str
     batch: int = 2
@@ -374,8 +376,3 @@ GRID: tuple[Case, ...] = (
     *_PAGED,
 )
 """Every case, in the order in which a report lists them."""
-
-
-def find_case(name: str) -> Case:
-    """The case called ``name``; KeyError if there is none."""
-    return {case.name: case for case in GRID}[name]
