@@ -5,7 +5,6 @@ pytest-benchmark times each on its own; `fastattn bench` interleaves them, and i
 
 import pytest
 
-from fastattn.bench.accuracy import Judge
 from fastattn.bench.memory import MIB, AllocationMeter
 from fastattn.bench.run import make_step
 from fastattn.bench.suites import Problem, implementation
@@ -22,7 +21,7 @@ def test_dense(benchmark, device, finished, seqlen, dtype, mode, causal, impl):
     step = make_step(problem, attend, inputs)
     with AllocationMeter(device) as meter:
         results = step()
-    check = Judge(problem, inputs).check(results)
+    check = problem.judge(inputs).check(results)
     benchmark.group = problem.label()
     benchmark.extra_info |= {"kernel": kernel, "flops": problem.flops, "extra_mib": meter.peak / MIB}
     benchmark.extra_info["max_error"] = check.worst[0]

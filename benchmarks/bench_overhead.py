@@ -30,7 +30,7 @@ def calls(device):
     if core is not None and device.type == "cpu":
         out, lse = allocate_forward(problem)
         params = native._params(core, problem, query, key, value)
-        params.out, params.lse = native._view(out, None), native._view(lse, None)
+        params.out, params.lse = native.view(out, None), native.view(lse, None)
 
         scratch = torch.empty(core.cpu_dense_forward_scratch(params), dtype=torch.uint8)
         params.scratch = scratch.data_ptr()

@@ -4,12 +4,15 @@
 #   benchmarks/gpu.sh [--dry-run] OUT_DIR [PART ...]
 #
 # Parts, all by default, each within 9 minutes; one that fails does not keep the next from running:
-#   install   this checkout, in place
-#   tests     the GPU tests
-#   verify    the feature grid on every backend, recorded in OUT_DIR as the hardware ledger does
-#   bench     the GPU preset of `fastattn bench`, and what a call costs the host
-#   memory    memory by length, to 128k tokens, and a whole model before and after
-#   sanitize  some of the feature grid under compute-sanitizer: no kernel reads or writes out of bounds
+#   install        this checkout, in place
+#   tests          the GPU tests
+#   linear_verify  the linear family's feature grid; what it compiles need not be compiled by the next
+#   verify         all feature grids on every backend, recorded in OUT_DIR as the hardware ledger does
+#   bench          the GPU preset of `fastattn bench`, and what a call costs the host
+#   linear_bench   linear attention beside flash-linear-attention, where that is installed
+#   mechanisms     softmax attention and what stands in for it, by length: time, and memory of a layer
+#   memory         memory by length, to 128k tokens, and a whole model before and after
+#   sanitize       some of the feature grid under compute-sanitizer: no kernel reads or writes out of bounds
 #
 # OUT_DIR then holds summary.txt, logs.txt (the output of every part) and what the parts wrote; exit code 1 where a part
 # failed. PYTHON names the interpreter. --dry-run goes the same way on a CPU in a minute, with tiny shapes, Triton's
@@ -17,7 +20,7 @@
 set -u -o pipefail
 
 readonly LIMIT_S=540
-readonly ALL=(install tests verify bench memory sanitize)
+readonly ALL=(install tests linear_verify verify bench linear_bench mechanisms memory sanitize)
 
 usage() {
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
@@ -69,7 +72,7 @@ part_install() {
 }
 
 part_tests() {
-    local select=(tests/dense tests/integrations/test_sdpa.py -k "triton or cuda" -p no:cacheprovider)
+    local select=(tests/dense tests/linear tests/integrations/test_sdpa.py -k "triton or cuda" -p no:cacheprovider)
     if [ -n "$DRY" ]; then
         # The interpreter's tests are part of the ordinary ones; here it counts that they can be found.
         run "$PYTHON" -m pytest --collect-only -q "${select[@]}" || [ $? -eq 5 ]
@@ -80,6 +83,14 @@ part_tests() {
         select+=(-n 8)
     fi
     run "$PYTHON" -m pytest -q "${select[@]}"
+}
+
+part_linear_verify() {
+    if [ -n "$DRY" ]; then
+        fastattn verify --family linear --backend triton --dtype float32 --device cpu --case delta_1 --case state
+        return
+    fi
+    fastattn verify --family linear --device cuda
 }
 
 part_verify() {
@@ -115,6 +126,30 @@ part_bench() {
     fastattn bench --preset gpu --device cuda "${files[@]}"
 }
 
+part_linear_bench() {
+    local files=(--json "$OUT/linear_bench.json" --csv "$OUT/linear_bench.csv")
+    rm -f "$OUT/linear_bench.csv"
+    if [ -n "$DRY" ]; then
+        fastattn bench --preset linear-gpu-dry --device cpu "${files[@]}"
+        return
+    fi
+    fastattn bench --preset linear-gpu --device cuda "${files[@]}"
+}
+
+part_mechanisms() {
+    local names=performer,linear,retention,gla,delta
+    local files=(--json "$OUT/mechanisms.json" --csv "$OUT/mechanisms.csv")
+    rm -f "$OUT/mechanisms.csv"
+    if [ -n "$DRY" ]; then
+        fastattn bench --impl "sdpa,fastattn,$names" --seqlen 32,64 --heads 2 --head-dim 16 --device cpu "${files[@]}" &&
+            fastattn profile --mechanism "$names" --seqlen 32,64 --heads 2 --head-dim 16 --device cpu --out "$OUT"
+        return
+    fi
+    fastattn bench --preset mechanisms-gpu --device cuda "${files[@]}" &&
+        fastattn profile --impl sdpa,fastattn --mechanism "$names" --seqlen 1k..64k --heads 16 --device cuda \
+            --dtype bfloat16 --time-limit 30 --out "$OUT"
+}
+
 part_memory() {
     if [ -n "$DRY" ]; then
         fastattn profile --model op --seqlen 64..512 --heads 2 --head-dim 16 --device cpu --dtype bfloat16 --out "$OUT"
@@ -140,17 +175,21 @@ for part in "${PARTS[@]}"; do
         result="failed, exit code $code"
         [ "$code" -ne 124 ] || result="stopped after $LIMIT_S s"
     fi
-    printf '%-10s %5d s   %s\n' "$part" $((SECONDS - began)) "$result" >>"$SCRATCH/table"
+    printf '%-14s %5d s   %s\n' "$part" $((SECONDS - began)) "$result" >>"$SCRATCH/table"
 done
 
 {
     # What each part found, in its own words.
     [ ! -f "$SCRATCH/tests.log" ] || tail -n 1 "$SCRATCH/tests.log"
-    for part in verify sanitize; do
+    for part in linear_verify verify sanitize; do
         [ ! -f "$SCRATCH/$part.log" ] || grep -E '^(FAILED|.* cases pass|.*ERROR SUMMARY)' "$SCRATCH/$part.log"
     done
-    [ ! -f "$SCRATCH/bench.log" ] || sed -n '/^Geometric means/,/^written/{/^written/d;p}' "$SCRATCH/bench.log"
-    [ ! -f "$SCRATCH/memory.log" ] || sed -n '/^Total memory/,/^written/{/^written/d;p}' "$SCRATCH/memory.log"
+    for part in bench linear_bench mechanisms; do
+        [ ! -f "$SCRATCH/$part.log" ] || sed -n '/^Geometric means/,/^written/{/^written/d;p}' "$SCRATCH/$part.log"
+    done
+    for part in mechanisms memory; do
+        [ ! -f "$SCRATCH/$part.log" ] || sed -n '/^Total memory/,/^written/{/^written/d;p}' "$SCRATCH/$part.log"
+    done
     echo
     cat "$SCRATCH/table"
 } >"$OUT/summary.txt"

@@ -8,11 +8,11 @@ reference value, so one number serves outputs and gradients.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastattn.bench.case import Check
 from fastattn.bench.suites import Problem
 
 NAMES = ("out", "grad_query", "grad_key", "grad_value", "grad_bias")
@@ -114,28 +114,16 @@ def dropout_spread(
     return torch.cat(out), torch.cat(spread)
 
 
-@dataclass(frozen=True)
-class Check:
-    """The outcome for one implementation: errors by tensor name, relative to the largest reference value."""
-
-    errors: dict[str, float]
-    bars: dict[str, float]
-
-    @property
-    def passed(self) -> bool:
-        return all(self.errors[name] <= self.bars[name] for name in self.bars)
-
-    @property
-    def worst(self) -> tuple[float, float]:
-        """(error, bar) of the tensor that is closest to its bar or furthest above it."""
-        name = max(self.bars, key=lambda n: self.errors[n] / self.bars[n])
-        return self.errors[name], self.bars[name]
-
-
 def relative_error(result: Tensor, reference: Tensor) -> float:
     """max |result - reference| / max |reference|; infinite where the result is not finite."""
     difference = (result.to(torch.float64) - reference).abs().max().item()
     return difference / reference.abs().max().item() if math.isfinite(difference) else math.inf
+
+
+def relative_distance(result: Tensor, reference: Tensor) -> float:
+    """|result - reference| / |reference|, of all elements together; infinite where the result is not finite."""
+    distance = torch.linalg.vector_norm(result.to(torch.float64) - reference).item()
+    return distance / torch.linalg.vector_norm(reference).item() if math.isfinite(distance) else math.inf
 
 
 def spared_rounding(dtype: torch.dtype) -> float:
@@ -143,7 +131,7 @@ def spared_rounding(dtype: torch.dtype) -> float:
     return 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
-class Judge:
+class DenseJudge:
     """The float64 reference of one problem's last query head, computed once and used for every implementation.
 
     With dropout there is no one right result: out is held to the distance from attention without dropout that dropout
@@ -222,3 +210,8 @@ class Judge:
             return Check({"out": error}, {"out": DROPOUT_BAR})
         errors = {name: relative_error(head[name], self._reference[name]) for name in self._names}
         return Check(errors, self.bars())
+
+    def distance(self, out: Tensor) -> float:
+        """How far the output of another kind of attention is from this one's, on the rows that are judged."""
+        head = out[-1, -1].detach()
+        return relative_distance(head if self._rows is None else head[self._rows], self._reference["out"])

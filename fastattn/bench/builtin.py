@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastattn.bench.case import DTYPES
 from fastattn.bench.subject import Kind, Step, Subject
-from fastattn.bench.suites import DTYPES, Problem, implementation
+from fastattn.bench.suites import Problem, implementation
 
-IMPLEMENTATIONS = ("naive", "sdpa", "fastattn")
+# Softmax attention, then what `mechanism=` of fastattn's layer puts in its place.
+STAND_INS = ("performer", "linformer", "nystrom", "linear", "retention", "gla", "delta")
+IMPLEMENTATIONS = ("naive", "sdpa", "fastattn", *STAND_INS)
+LINFORMER_KEYS = 256
 DEFAULT = ("naive", "fastattn")
 
 
@@ -24,8 +30,10 @@ def build_op(subject: Subject, seqlen: int) -> Step:
         causal=shape.causal,
         mode=subject.mode,
     )
-    *leaves, grad_out = problem.inputs(torch.device(subject.device))
-    _, attend = implementation(subject.implementation).bind(problem)
+    chosen = implementation(subject.implementation)
+    case = chosen.solves(problem)
+    *leaves, grad_out = case.inputs(torch.device(subject.device))
+    _, attend = chosen.bind(case)
     if subject.mode == "fwd":
         return Step("attention", [], leaves, lambda: attend(*leaves), None)
     for leaf in leaves:
@@ -42,6 +50,8 @@ def build_op(subject: Subject, seqlen: int) -> Step:
 def build_layer(subject: Subject, seqlen: int) -> Step:
     """A multi-head attention layer on (batch, seqlen, embed_dim). naive and sdpa are torch.nn.MultiheadAttention.
 
+    A stand-in is fastattn's layer with that mechanism.
+
     torch's layer wants the causal mask as a tensor; the boolean one, the smallest, is built within the forward.
     """
     from fastattn.bench.layer import options
@@ -49,13 +59,15 @@ def build_layer(subject: Subject, seqlen: int) -> Step:
 
     shape, name, device = subject.shape, subject.implementation, subject.device
     embed_dim = shape.heads * shape.head_dim
-    kind = MultiheadAttention if name == "fastattn" else torch.nn.MultiheadAttention
-    layer = kind(embed_dim, shape.heads, batch_first=True, device=device, dtype=DTYPES[shape.dtype])
+    ours = name not in ("naive", "sdpa")
+    kind = MultiheadAttention if ours else torch.nn.MultiheadAttention
+    chosen: dict[str, Any] = {"mechanism": _mechanism(name, seqlen)} if name in STAND_INS else {}
+    layer = kind(embed_dim, shape.heads, batch_first=True, device=device, dtype=DTYPES[shape.dtype], **chosen)
     x = torch.randn(shape.batch, seqlen, embed_dim, device=device).to(DTYPES[shape.dtype])
 
     def forward() -> Tensor:
         mask = None
-        if shape.causal and name != "fastattn":
+        if shape.causal and not ours:
             mask = torch.ones(seqlen, seqlen, dtype=torch.bool, device=device).triu_(1)
         return layer(x, x, x, **options(layer, shape.causal, name == "naive", mask))[0]
 
@@ -75,17 +87,28 @@ def build_layer(subject: Subject, seqlen: int) -> Step:
     )
 
 
+def _mechanism(name: str, seqlen: int) -> Any:
+    """What `mechanism=` takes for an implementation."""
+    from fastattn.nn.mechanisms import Linformer
+
+    if name == "linformer":
+        return Linformer(seqlen, min(LINFORMER_KEYS, seqlen))
+    return name if name in STAND_INS else "flash"
+
+
 def build_lm(subject: Subject, seqlen: int) -> Step:
     """The reference language model on bytes: its loss and the gradients of its parameters, or its logits."""
     from fastattn.models.transformer import Transformer, TransformerConfig
 
     shape = subject.shape
+    name = subject.implementation
     config = TransformerConfig(
         num_layers=shape.layers,
         num_heads=shape.heads,
         embed_dim=shape.heads * shape.head_dim,
         max_seq_len=seqlen,
-        attention=subject.implementation,
+        attention="fastattn" if name in STAND_INS else name,
+        mechanism=_mechanism(name, seqlen),
     )
     model = Transformer(config).to(subject.device, DTYPES[shape.dtype])
     tokens = torch.randint(config.vocab_size, (shape.batch, seqlen), device=subject.device)

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fastattn.bench.case import Case
 from fastattn.bench.environment import hardware
+from fastattn.bench.families import family_of
 from fastattn.bench.results import OK, Results, Row
-from fastattn.bench.suites import Problem
 
 
 @dataclass(frozen=True)
 class Change:
     """One row in both runs, as new / old; above 1 is worse. None where either run has no figure.
 
-    `time` compares absolute medians; `to_sdpa` compares time divided by SDPA's in the same run, which cancels how fast
-    the machine happened to be; `memory` compares the peak extra memory.
+    `time` compares absolute medians; `to_steady` compares time divided by that of the family's steady baseline in the
+    same run (SDPA, or the chunkwise form in PyTorch), which cancels how fast the machine happened to be; `memory`
+    compares the peak extra memory.
     """
 
-    problem: Problem
+    problem: Case
     implementation: str
     old: Row
     new: Row
     time: float | None
-    to_sdpa: float | None
+    to_steady: float | None
     memory: float | None
     verdict: str = ""
 
@@ -43,33 +45,33 @@ def _ratio(new: float | None, old: float | None) -> float | None:
     return new / old if new is not None and old else None
 
 
-def _by_key(results: Results) -> dict[tuple[Problem, str], Row]:
+def _by_key(results: Results) -> dict[tuple[Case, str], Row]:
     return {(row.problem, row.implementation): row for row in results.rows}
 
 
-def _relative_to_sdpa(rows: Mapping[tuple[Problem, str], Row], row: Row) -> float | None:
-    base = rows.get((row.problem, "sdpa"))
+def _relative(rows: Mapping[tuple[Case, str], Row], row: Row) -> float | None:
+    base = rows.get((row.problem, family_of(row.problem).steady))
     return _ratio(row.median_ms, base.median_ms if base else None)
 
 
 def _verdict(change: Change, fail_on: float, same_hardware: bool) -> str:
     """Why the row is a regression, or nothing.
 
-    On the same hardware a slowdown must show in the absolute time and, where SDPA was measured, in the ratio to it: the
-    one alone means that the machine was slower, the other alone that SDPA was faster that day. On different hardware
-    only the ratio counts.
+    On the same hardware a slowdown must show in the absolute time and, where the steady baseline was measured, in the
+    ratio to it: the one alone means that the machine was slower, the other alone that the baseline was faster that day.
+    On different hardware only the ratio counts.
     """
     if change.old.status == OK and change.new.status != OK:
         return f"was ok, now {change.new.status}: {change.new.reason}"
     limit = 1 + fail_on
     slower = change.time is not None and change.time > limit
-    slower_than_sdpa = change.to_sdpa is not None and change.to_sdpa > limit
+    slower_than_steady = change.to_steady is not None and change.to_steady > limit
     if not same_hardware:
-        regressed = slower_than_sdpa
-    elif change.to_sdpa is None:
+        regressed = slower_than_steady
+    elif change.to_steady is None:
         regressed = slower
     else:
-        regressed = slower and slower_than_sdpa
+        regressed = slower and slower_than_steady
     if regressed:
         return "slower"
     if change.memory is not None and change.memory > limit:
@@ -101,7 +103,7 @@ def compare(old: Results, new: Results, fail_on: float) -> Comparison:
             before[key],
             row,
             _ratio(row.median_ms, before[key].median_ms),
-            _ratio(_relative_to_sdpa(after, row), _relative_to_sdpa(before, before[key])),
+            _ratio(_relative(after, row), _relative(before, before[key])),
             _ratio(row.extra_mib, before[key].extra_mib),
         )
         changes.append(Change(**{**change.__dict__, "verdict": _verdict(change, fail_on, same)}))

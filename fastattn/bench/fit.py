@@ -12,6 +12,7 @@ import torch
 # Float64 leaves about this much of an exact fit's relative residual.
 NOISE = 1e-9
 QUADRATIC_GAIN = 10.0
+QUADRATIC_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def fit_growth(lengths: Sequence[int], sizes: Sequence[float]) -> Fit:
 
     Three coefficients have seven non-empty supports: each is solved without the sign condition, and the best of those
     that satisfy it is the answer (Lawson and Hanson, 1974, reduce larger problems to the same search). A term counts
-    only if it improves the fit beyond rounding, a quadratic one only if it improves the sum of squares tenfold: buffers
-    grow in steps, and a step is no law of growth to extrapolate by.
+    only if it improves the fit beyond rounding, a quadratic one only if it improves the sum of squares tenfold and is
+    a thousandth of the longest length's size: buffers grow in steps, and a step is no law of growth to extrapolate by.
 
     Raises:
         ValueError: fewer than two points, or a size that is not positive.
@@ -72,7 +73,7 @@ def fit_growth(lengths: Sequence[int], sizes: Sequence[float]) -> Fit:
     for support in sorted(supports, key=lambda support: 2 in support):
         part = design_NT[:, list(support)]
         solution = torch.linalg.lstsq(part, torch.ones_like(size_N)).solution
-        if solution.min() < 0:
+        if solution.min() < 0 or (2 in support and solution[-1] < QUADRATIC_SHARE * size_N[length_N.argmax()]):
             continue
         loss = (part @ solution - 1).square().sum().item()
         gain = QUADRATIC_GAIN if 2 in support and best_T[2] == 0 else 1.0

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import fastattn.nn
-from fastattn.bench.accuracy import CHUNK, Check, one_head, relative_error, spared_rounding
-from fastattn.bench.suites import Attend, Problem, default_device
+from fastattn.bench.accuracy import CHUNK, one_head, relative_distance, relative_error, spared_rounding
+from fastattn.bench.case import Attend, Check, default_device
+from fastattn.bench.suites import Problem
 
 PARAMETERS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 NAMES = ("out", "grad_x", *(f"grad_{name}" for name in PARAMETERS))
@@ -93,3 +94,6 @@ class LayerJudge:
         """Judge (out,) or (out, the gradients of x and of the parameters)."""
         found = dict(zip(self._names, results, strict=True))
         return Check({n: relative_error(found[n].detach(), self._reference[n]) for n in self._names}, self._bars)
+
+    def distance(self, out: Tensor) -> float:
+        return relative_distance(out.detach(), self._reference["out"])

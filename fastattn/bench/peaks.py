@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from fastattn import _extension
-from fastattn.bench.suites import DTYPES
+from fastattn.bench.case import DTYPES
 from fastattn.bench.timing import Clock, Timing, clock_for, interleave
 
 

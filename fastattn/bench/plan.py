@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from fastattn.bench.suites import Problem
+from fastattn.bench.case import Case
 
 # Only relative sizes matter: a fixed cost for inputs and checks, and a rate every implementation is within 10 x of.
 FIXED_S = 0.2
@@ -25,7 +25,7 @@ class TimePlan:
 
     def __init__(
         self,
-        problems: Sequence[Problem],
+        problems: Sequence[Case],
         limit_s: float | None,
         device_type: str,
         now: Callable[[], float] = time.perf_counter,
@@ -35,7 +35,7 @@ class TimePlan:
         self._limit_s = limit_s
         self._now = now
         self._start = now()
-        self._seconds_per_flop: dict[tuple[str, str, str], float] = {}
+        self._seconds_per_work: dict[tuple[str, str, str], float] = {}
         self._compile_s: dict[str, float] = {}
 
     def allowance(self, index: int) -> float:
@@ -47,25 +47,26 @@ class TimePlan:
     def _left(self) -> float:
         return max(0.0, (self._limit_s or 0.0) - (self._now() - self._start))
 
-    def learn(self, implementation: str, problem: Problem, seconds: float) -> None:
+    def learn(self, implementation: str, problem: Case, work: float, seconds: float) -> None:
+        """Note what an implementation's call took, of which the time grows with `work`."""
         key = (implementation, problem.dtype, problem.mode)
         # The best rate so far: short problems are slower per operation than the longer ones that follow.
-        self._seconds_per_flop[key] = min(seconds / problem.flops, self._seconds_per_flop.get(key, float("inf")))
+        self._seconds_per_work[key] = min(seconds / work, self._seconds_per_work.get(key, float("inf")))
 
     def learn_compilation(self, implementation: str, seconds: float) -> None:
         """Note what a first call took, which every further problem pays again."""
         self._compile_s[implementation] = seconds
 
-    def too_slow(self, implementation: str, problem: Problem, calls: int, allowance_s: float) -> str | None:
+    def too_slow(self, implementation: str, problem: Case, work: float, calls: int, allowance_s: float) -> str | None:
         """Why `calls` calls would not fit the allowance, judging by the best rate seen; None if they do."""
-        rate = self._seconds_per_flop.get((implementation, problem.dtype, problem.mode))
+        rate = self._seconds_per_work.get((implementation, problem.dtype, problem.mode))
         if self._limit_s is None:
             return None
         if self._left() <= 0:
             return "the time limit is reached"
         if rate is None:
             return None
-        seconds, once = rate * problem.flops, self._compile_s.get(implementation, 0.0)
+        seconds, once = rate * work, self._compile_s.get(implementation, 0.0)
         if once + calls * seconds <= max(allowance_s, self.SHARE_OF_REST * self._left()):
             return None
         if once > calls * seconds:

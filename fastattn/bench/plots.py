@@ -6,11 +6,13 @@ One style, readable without colour vision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastattn.bench.case import Case
+from fastattn.bench.crossover import crossings
 from fastattn.bench.environment import headline
+from fastattn.bench.linear.problem import MECHANISMS
 from fastattn.bench.report import MODE_NAMES, length_name
 from fastattn.bench.results import OK, Results, Row
 
@@ -25,6 +27,15 @@ STYLES = {
     "fastattn": ("#009E73", "D"),
     "original": ("#D55E00", "o"),
     "replaced": ("#009E73", "D"),
+    "torch": ("#CC79A7", "^"),
+    "flash": ("#E69F00", "v"),
+    "performer": ("#CC79A7", "^"),
+    "linear": ("#000000", "X"),
+    "gla": ("#E69F00", "v"),
+    "delta": ("#56B4E9", "P"),
+    "retention": ("#999999", "*"),
+    "linformer": ("#8C4A1F", "<"),
+    "nystrom": ("#6A3D9A", ">"),
 }
 OTHER_STYLES = (("#CC79A7", "^"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"), ("#999999", "*"))
 OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
@@ -32,7 +43,27 @@ OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
 Value = Callable[[Row], "float | None"]
 Finish = Callable[["Axes", list[Row]], None]
 
-NAMES = {"naive": "naive attention", "sdpa": "torch SDPA", "flex": "compiled flex_attention", "fastattn": "fastattn"}
+NAMES = {
+    "naive": "naive attention",
+    "sdpa": "torch SDPA",
+    "flex": "compiled flex_attention",
+    "fastattn": "fastattn",
+    "performer": "Performer",
+    "linear": "linear attention",
+    "gla": "GLA",
+    "delta": "delta rule",
+    "linformer": "Linformer",
+    "nystrom": "Nystrom",
+}
+LINEAR_NAMES = {
+    "naive": "naive (quadratic)",
+    "torch": "torch, chunkwise",
+    "sdpa": "torch SDPA (softmax)",
+    "flash": "fastattn (softmax)",
+    "fla": "flash-linear-attention",
+    "fastattn": "fastattn",
+}
+PANELS_IN_A_ROW = 4
 
 RC: dict[Any, Any] = {
     "figure.dpi": 130,
@@ -51,8 +82,9 @@ RC: dict[Any, Any] = {
 
 def style_of(name: str, names: Sequence[str]) -> tuple[str, str]:
     """(colour, marker) of an implementation, stable for those that are always there."""
-    if name in STYLES:
-        return STYLES[name]
+    kind = name.partition(":")[0]  # a mechanism of a certain width looks like that of any
+    if name in STYLES or kind in MECHANISMS:
+        return STYLES[kind]
     others = [n for n in names if n not in STYLES]
     return OTHER_STYLES[others.index(name) % len(OTHER_STYLES)]
 
@@ -68,9 +100,15 @@ def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
 
 
 def plain_log_axis(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers (0.1, 1, 10) instead of powers."""
+    """A logarithmic vertical axis with plain numbers (0.1, 1, 10) instead of powers; also 2 and 5 where it is short."""
+
+    def between(value: float, _: object) -> str:
+        low, high = axes.get_ylim()
+        return f"{value:g}" if high < 50 * low and f"{value:e}"[0] in "25" else ""
+
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(between)
 
 
 def slope_guide(axes: Axes, slope: int, anchor: tuple[float, float], end: float) -> None:
@@ -96,6 +134,21 @@ def new_figure(
     return figure, [list(row) for row in panels]
 
 
+def legend(figure: Figure, lines: dict[str, Any], title: str) -> None:
+    """The lines by their names: beside the picture's title, or, where they would cover it, on the right."""
+    # Inches that the letters take, and each line's sample.
+    needed = 0.1 * max(map(len, title.splitlines())) + sum(0.6 + 0.075 * len(name) for name in lines)
+    above = needed < figure.get_figwidth()
+    if not above:  # the panels keep their width
+        figure.set_figwidth(figure.get_figwidth() + 0.8 + 0.075 * max(map(len, lines)))
+    figure.legend(
+        *(list(lines.values()), list(lines)),
+        loc="outside upper right" if above else "outside right upper",
+        ncols=len(lines) if above else 1,
+        frameon=False,
+    )
+
+
 def save(figure: Figure, path: Path, title: str, facts: str) -> Path:
     """Write the picture with its title, and the hardware it was measured on below it."""
     from matplotlib import rc_context
@@ -108,43 +161,49 @@ def save(figure: Figure, path: Path, title: str, facts: str) -> Path:
     return path
 
 
-def _panels(results: Results) -> tuple[list[str], list[tuple[str, bool]]]:
-    modes = list(dict.fromkeys(row.problem.mode for row in results.rows))
-    kinds = list(dict.fromkeys((row.problem.dtype, row.problem.causal) for row in results.rows))
-    return modes, kinds
+def _panels(rows: Sequence[Row]) -> list[list[list[Row]]]:
+    """The rows of each panel, as the panels stand: passes above each other; one after the other where that leaves holes
+    or there is more than masks and dtypes to tell apart."""
+
+    def kind(row: Row) -> tuple:
+        return (row.problem.dtype, row.problem.causal, row.problem.feature)
+
+    modes, kinds = (list(dict.fromkeys(found)) for found in ((r.problem.mode for r in rows), map(kind, rows)))
+    grid = [[[r for r in rows if (r.problem.mode, kind(r)) == (mode, k)] for k in kinds] for mode in modes]
+    if all(panel for line in grid for panel in line) and not any(row.problem.feature for row in rows):
+        return grid
+    panels = [panel for line in grid for panel in line if panel]
+    return [panels[i : i + PANELS_IN_A_ROW] for i in range(0, len(panels), PANELS_IN_A_ROW)]
 
 
-def _draw(results: Results, head_dim: int, value: Value, ylabel: str, finish: Finish) -> Figure:
-    names = list(dict.fromkeys(row.implementation for row in results.rows))
-    modes, kinds = _panels(Results(results.environment, {}, {}, tuple(_of(results, head_dim))))
-    figure, panels = new_figure(len(modes), len(kinds))
+def _panel_title(problem: Case) -> str:
+    title = f"{MODE_NAMES[problem.mode]}, {problem.dtype}, {'causal' if problem.causal else 'full'}"
+    return f"{title}\n{problem.feature}" if problem.feature else title
+
+
+def _draw(rows: Sequence[Row], names: Sequence[str], value: Value, ylabel: str, finish: Finish, title: str) -> Figure:
+    layout = _panels(rows)
+    columns = max(map(len, layout))
+    figure, panels = new_figure(len(layout), columns)
     drawn: dict[str, Any] = {}
-    for line, mode in zip(panels, modes, strict=True):
-        for axes, (dtype, causal) in zip(line, kinds, strict=True):
-            rows = [
-                row
-                for row in _of(results, head_dim)
-                if (row.problem.mode, row.problem.dtype, row.problem.causal) == (mode, dtype, causal)
-            ]
-            if not rows:
+    for line, cells in zip(panels, layout, strict=True):
+        for axes, panel in zip(line, [*cells, *[[]] * (columns - len(cells))], strict=True):
+            if not panel:
                 axes.set_visible(False)
                 continue
             for name in names:
-                mine = [row for row in rows if row.implementation == name and row.status == OK]
+                mine = [row for row in panel if row.implementation == name and row.status == OK]
                 points = [(row.problem.seqlen, v) for row in mine if (v := value(row))]
                 if points:
                     colour, marker = style_of(name, names)
                     (drawn[name],) = axes.plot(*zip(*points, strict=True), color=colour, marker=marker)
-            length_axis(axes, (row.problem.seqlen for row in rows))
-            axes.set_title(f"{MODE_NAMES[mode]}, {dtype}, {'causal' if causal else 'full'}")
-            finish(axes, rows)
+            length_axis(axes, (row.problem.seqlen for row in panel))
+            axes.set_title(_panel_title(panel[0].problem))
+            finish(axes, panel)
         line[0].set_ylabel(ylabel)
-    figure.legend(list(drawn.values()), [NAMES.get(n, n) for n in drawn], loc="outside upper right", ncols=len(drawn))
+    words = LINEAR_NAMES if rows[0].problem.family == "linear" else NAMES
+    legend(figure, {words.get(name, name): line for name, line in drawn.items()}, title)
     return figure
-
-
-def _of(results: Results, head_dim: int) -> list[Row]:
-    return [row for row in results.rows if row.problem.head_dim == head_dim]
 
 
 def _growth_guides(axes: Axes, rows: list[Row], value: Value, slopes: Sequence[int]) -> None:
@@ -170,14 +229,41 @@ def _mark_missing(axes: Axes, rows: list[Row], names: Sequence[str]) -> None:
             )
 
 
-def _speedups(rows: Sequence[Row]) -> Figure:
+def _with_lengths(rows: Sequence[Row]) -> list[Row]:
+    """The rows of tables that make lines: of the many with features, those with more than two lengths, if there are."""
+    lengths: dict[tuple, set[int]] = {}
+
+    def table(row: Row) -> tuple:
+        p = row.problem
+        return (p.mode, p.dtype, p.causal, p.head_dim, p.feature)
+
+    for row in rows:
+        lengths.setdefault(table(row), set()).add(row.problem.seqlen)
+    long = {key for key, found in lengths.items() if len(found) > 2 or not key[-1]}
+    return [row for row in rows if not long or table(row) in long]
+
+
+def _mark_crossings(axes: Axes, rows: list[Row], names: Sequence[str]) -> None:
+    """Where what stands in for softmax attention becomes faster than it, on the length axis."""
+    for crossing in crossings(rows):
+        if crossing.length is not None and crossing.length > min(row.problem.seqlen for row in rows):
+            name = crossing.faster if crossing.faster != "fastattn" else crossing.slower
+            colour, _ = style_of(name, names)
+            axes.axvline(crossing.length, color=colour, linestyle=(0, (1, 2)), linewidth=1.2)
+            place = (crossing.length, 0.02)
+            words = f"{round(crossing.length, -2):,.0f}"
+            beside: dict[str, Any] = {"xytext": (2, 0), "textcoords": "offset points", "rotation": 90}
+            axes.annotate(words, place, xycoords=axes.get_xaxis_transform(), fontsize=7.5, color=colour, **beside)
+
+
+def _speedups(rows: Sequence[Row], title: str) -> Figure:
     """How many times as fast as each baseline fastattn is, one line a case."""
     figure, [[axes]] = new_figure(1, 1, width=9.0, height=1.3 + 0.27 * len(rows))
     bases = list(dict.fromkeys(base for row in rows for base in row.speedup))
     for base in bases:
         points = [(row.speedup[base], line) for line, row in enumerate(rows) if base in row.speedup]
         colour, marker = style_of(base, bases)
-        name = NAMES.get(base, base)
+        name = (LINEAR_NAMES if rows[0].problem.family == "linear" else NAMES).get(base, base)
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle="none", label=name)
     axes.axvline(1.0, color="#777777", linewidth=0.9)
     axes.set_xscale("log")
@@ -185,7 +271,8 @@ def _speedups(rows: Sequence[Row]) -> Figure:
     axes.set_xlabel("times as fast as")
     axes.set_yticks(range(len(rows)), [_case(row) for row in rows])
     axes.invert_yaxis()
-    figure.legend(loc="outside upper right", ncols=len(bases))
+    handles, labels = axes.get_legend_handles_labels()
+    legend(figure, dict(zip(labels, handles, strict=True)), title)
     return figure
 
 
@@ -197,21 +284,30 @@ def _case(row: Row) -> str:
 
 
 def plot_results(results: Results, directory: Path) -> list[Path]:
-    """Write latency, memory and throughput pictures of plain attention for every head size; returns their paths.
+    """Write latency, memory and throughput pictures for every head size; returns their paths.
 
-    A run with more than plain attention gets a picture of fastattn's speed-ups too.
+    A run with more than plain attention gets a picture of fastattn's speed-ups too, one with approximations of several
+    widths a picture of their distance from softmax attention.
     """
+    from fastattn.bench.linear.plots import approximation_rows, plot_approximation
+
     facts = headline(results.environment).replace("\n", " | ")
     written = []
     if any(row.problem.feature for row in results.rows):
         ours = [row for row in results.rows if row.implementation == "fastattn" and row.speedup]
         if ours:
-            written.append(save(_speedups(ours), directory / "speedups.png", "Speed-ups of fastattn", facts))
-    results = replace(results, rows=tuple(row for row in results.rows if not row.problem.feature))
-    names = list(dict.fromkeys(row.implementation for row in results.rows))
-    head_dims = list(dict.fromkeys(row.problem.head_dim for row in results.rows))
+            title = "Speed-ups of fastattn"
+            written.append(save(_speedups(ours, title), directory / "speedups.png", title, facts))
+    widths = approximation_rows(results.rows)
+    if widths:
+        title = "Distance from softmax attention by width"
+        written.append(save(plot_approximation(widths, title), directory / "approximation.png", title, facts))
+    lines = _with_lengths([row for row in results.rows if row.problem.lines_up and row not in widths])
+    names = list(dict.fromkeys(row.implementation for row in lines))
+    head_dims = list(dict.fromkeys(row.problem.head_dim for row in lines))
     for head_dim in head_dims:
-        first = _of(results, head_dim)[0].problem
+        rows = [row for row in lines if row.problem.head_dim == head_dim]
+        first = rows[0].problem
         shape = f"batch {first.batch}, {first.heads} heads, head size {head_dim}"
         suffix = f"_d{head_dim}" if len(head_dims) > 1 else ""
 
@@ -227,6 +323,7 @@ def plot_results(results: Results, directory: Path) -> list[Path]:
         def finish_latency(axes: Axes, rows: list[Row]) -> None:
             _growth_guides(axes, rows, median, (1, 2))
             _mark_missing(axes, rows, names)
+            _mark_crossings(axes, rows, names)
 
         def finish_memory(axes: Axes, rows: list[Row]) -> None:
             _growth_guides(axes, rows, memory, (1, 2))
@@ -241,11 +338,16 @@ def plot_results(results: Results, directory: Path) -> list[Path]:
                 place = ("axes fraction", "data")
                 axes.annotate("matmul peak", (0.02, best), xycoords=place, fontsize=8, color="#777777", va="bottom")
 
-        for stem, value, ylabel, finish, title in (
+        pictures = [
             ("latency", median, "milliseconds", finish_latency, "Latency"),
             ("memory", memory, "peak extra MiB", finish_memory, "Peak memory above the inputs"),
             ("throughput", rate, "GFLOP/s", finish_rate, "Throughput"),
-        ):
-            figure = _draw(results, head_dim, value, ylabel, finish)
-            written.append(save(figure, directory / f"{stem}{suffix}.png", f"{title}: {shape}", facts))
+        ]
+        # Operations in a second say nothing where implementations do not do the same ones.
+        if first.family == "linear" or any(name.partition(":")[0] in MECHANISMS for name in names):
+            pictures.pop()
+        for stem, value, ylabel, finish, title in pictures:
+            title = f"{title}: {shape}"
+            figure = _draw(rows, names, value, ylabel, finish, title)
+            written.append(save(figure, directory / f"{stem}{suffix}.png", title, facts))
     return written

@@ -372,7 +372,8 @@ def serve() -> None:
     _serving = True
     for module in PRELOADED:
         importlib.import_module(module)
-    fastattn.backends.capabilities("dense")
+    for family in fastattn.backends.FAMILIES:
+        fastattn.backends.capabilities(family)
     gc.freeze()
     answer_fd = os.dup(1)
     os.dup2(2, 1)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from fastattn.bench.suites import PEERS, Problem, grid
+from fastattn.bench.case import grid
+from fastattn.bench.linear.presets import LINEAR_PRESETS
+from fastattn.bench.peers import PEERS
+from fastattn.bench.preset import Preset
+from fastattn.bench.suites import Problem
 from fastattn.bench.targets import Target, fraction, gradient_error_beside_sdpa, speedup
 
-
-@dataclass(frozen=True)
-class Preset:
-    """Problems and the time they get.
-
-    `implementations` are measured instead of the default, those in `subjects` on some of the problems only.
-    `environment` is what the process must have been started with. A memory profile and the targets follow the tables.
-    """
-
-    problems: Callable[[], list[Problem]]
-    time_limit_s: float
-    what: str
-    profile_seqlens: tuple[int, ...] = ()
-    implementations: tuple[str, ...] = ()
-    subjects: Mapping[str, Callable[[Problem], bool]] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    targets: tuple[Target, ...] = ()
+PLAIN = Problem(0)
 
 
 def _quickstart() -> list[Problem]:
@@ -33,13 +21,15 @@ def _quickstart() -> list[Problem]:
     dtypes, both = ("float32", "bfloat16"), (False, True)
     short = (512, 1024, 2048)
     return [
-        *_merge(grid((*short, 4096), dtypes=dtypes, causal=both), grid((8192,), dtypes=dtypes, causal=(True,))),
-        *grid((*short,), head_dims=(128,), dtypes=dtypes, causal=both),
         *_merge(
-            grid((*short, 4096), dtypes=dtypes, causal=(True,), modes=("fwdbwd",)),
-            grid((8192,), causal=(True,), modes=("fwdbwd",)),
+            grid(PLAIN, (*short, 4096), dtypes=dtypes, causal=both), grid(PLAIN, (8192,), dtypes=dtypes, causal=(True,))
         ),
-        *grid(short, dtypes=dtypes, causal=(False,), modes=("fwdbwd",)),
+        *grid(PLAIN, (*short,), head_dims=(128,), dtypes=dtypes, causal=both),
+        *_merge(
+            grid(PLAIN, (*short, 4096), dtypes=dtypes, causal=(True,), modes=("fwdbwd",)),
+            grid(PLAIN, (8192,), causal=(True,), modes=("fwdbwd",)),
+        ),
+        *grid(PLAIN, short, dtypes=dtypes, causal=(False,), modes=("fwdbwd",)),
     ]
 
 
@@ -55,8 +45,8 @@ def _figures() -> list[Problem]:
     lengths = (512, 1024, 2048, 4096, 8192)
     dtypes = ("float32", "bfloat16")
     return [
-        *grid(lengths, head_dims=(64, 128), dtypes=dtypes, causal=(False, True)),
-        *grid(lengths, head_dims=(64, 128), dtypes=dtypes, causal=(True,), modes=("fwdbwd",)),
+        *grid(PLAIN, lengths, head_dims=(64, 128), dtypes=dtypes, causal=(False, True)),
+        *grid(PLAIN, lengths, head_dims=(64, 128), dtypes=dtypes, causal=(True,), modes=("fwdbwd",)),
     ]
 
 
@@ -66,12 +56,12 @@ def _cpu() -> list[Problem]:
     queries = Problem(16384, head_dim=128, heads=32, kv_heads=32, q_len=1)
     layer = Problem(4096, heads=8, kv_heads=8, causal=True, mode="fwdbwd")
     return [
-        *grid(long, dtypes=("float32", "bfloat16", "float16"), causal=(False,)),
-        *grid(short, dtypes=("float32", "bfloat16")),
-        *grid((1024,), dtypes=("float16",), modes=("fwdbwd",)),
-        *grid((2048, 4096), dtypes=("bfloat16",), modes=("fwdbwd",)),
-        *(replace(p, window=511) for p in grid(long)),
-        *(replace(p, dropout=0.1) for p in grid((2048, 4096), modes=("fwdbwd",))),
+        *grid(PLAIN, long, dtypes=("float32", "bfloat16", "float16"), causal=(False,)),
+        *grid(PLAIN, short, dtypes=("float32", "bfloat16")),
+        *grid(PLAIN, (1024,), dtypes=("float16",), modes=("fwdbwd",)),
+        *grid(PLAIN, (2048, 4096), dtypes=("bfloat16",), modes=("fwdbwd",)),
+        *(replace(p, window=511) for p in grid(PLAIN, long)),
+        *(replace(p, dropout=0.1) for p in grid(PLAIN, (2048, 4096), modes=("fwdbwd",))),
         *(replace(queries, dtype=dtype, kv_heads=n) for dtype in ("float32", "bfloat16") for n in (32, 8)),
         *(replace(layer, layer=kind) for kind in ("without weights", "with weights")),
     ]
@@ -150,6 +140,7 @@ def _gpu(seqlens: Sequence[int], window: int, decode: Sequence[int], width: int 
 
     def cases(lengths: Sequence[int], dims: Sequence[int], masks: Sequence[bool], **feature: Any) -> list[Problem]:
         shapes = grid(
+            PLAIN,
             lengths,
             head_dims=dims,
             dtypes=(base.dtype,),
@@ -188,7 +179,7 @@ PRESETS = {
         "forward and forward + backward, float32 and bfloat16, 512 to 8192, then a memory profile",
         (512, 1024, 2048, 4096, 8192),
     ),
-    "quick": Preset(lambda: grid((256, 512, 1024), modes=("fwd", "fwdbwd")), 10.0, "a first look in seconds"),
+    "quick": Preset(lambda: grid(PLAIN, (256, 512, 1024), modes=("fwd", "fwdbwd")), 10.0, "a first look in seconds"),
     "cpu": Preset(
         _cpu,
         330.0,
@@ -198,7 +189,7 @@ PRESETS = {
         targets=CPU_TARGETS,
     ),
     "cpu-avx2": Preset(
-        lambda: grid((512, 1024, 2048, 4096, 8192), causal=(False, True)),
+        lambda: grid(PLAIN, (512, 1024, 2048, 4096, 8192), causal=(False, True)),
         60.0,
         "on a CPU, with every library kept to AVX2",
         implementations=("sdpa", "fastattn"),
@@ -225,4 +216,5 @@ PRESETS = {
         implementations=("sdpa", "fastattn"),
         targets=FIGURES_TARGETS,
     ),
+    **LINEAR_PRESETS,
 }

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from fastattn.bench.case import MODES, default_device
 from fastattn.bench.environment import Environment, environment, total_memory
 from fastattn.bench.fit import Fit, fit_growth
 from fastattn.bench.memory import available_memory
 from fastattn.bench.model import reference_of
 from fastattn.bench.point import Figures, Inspection, Measurer, PointError, kind_of
 from fastattn.bench.subject import Subject
-from fastattn.bench.suites import MODES, default_device
 
 SCHEMA = "fastattn.profile/2"
 

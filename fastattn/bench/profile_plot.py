@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.environment import headline
 from fastattn.bench.memory import MIB
-from fastattn.bench.plots import NAMES, length_axis, new_figure, plain_log_axis, save, slope_guide, style_of
+from fastattn.bench.plots import NAMES, legend, length_axis, new_figure, plain_log_axis, save, slope_guide, style_of
 from fastattn.bench.profile import Profile
 from fastattn.bench.profile_report import title_of
 from fastattn.bench.report import size_name
@@ -37,11 +37,12 @@ def plot_profile(profile: Profile, path: Path) -> Path:
     memory.axhline(profile.capacity / MIB, color="#777777", linewidth=0.9)
     words = f"memory of the machine, {size_name(profile.capacity)}"
     memory.annotate(words, (lengths[0], profile.capacity / MIB), fontsize=8, color="#777777", va="bottom")
+    what, shape = title_of(profile).split(", ", 1)
+    title = f"Memory and time: {what}\n{shape}"
     handles, labels = memory.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(handles), frameon=False)
-    what, shape = title_of(profile).split(", ", 1)
-    return save(figure, path, f"Memory and time: {what}\n{shape}", headline(profile.environment))
+        legend(figure, dict(zip(labels, handles, strict=True)), title)
+    return save(figure, path, title, headline(profile.environment))
 
 
 def _curves(axes: Axes, profile: Profile, value: Callable[[Figures], float | None], ylabel: str, **line: Any) -> None:

@@ -14,16 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fastattn.bench.case import Case
 from fastattn.bench.compare import Comparison
+from fastattn.bench.crossover import crossings
 from fastattn.bench.environment import headline
+from fastattn.bench.families import family_of
 from fastattn.bench.results import OK, WRONG, Results, Row, geometric_means
-from fastattn.bench.suites import Problem
 from fastattn.bench.targets import SINGLE_CASE, Outcome
 
 MODE_NAMES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 
 # Piped output has no width of its own; the widest table needs this much.
-PLAIN_WIDTH = 118
+PLAIN_WIDTH = 130
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -92,7 +94,7 @@ def check_mark(console: Console, good: bool) -> Text:
     return Text(marks[0], "green") if good else Text(marks[1], "bold red")
 
 
-def problem_title(problems: Sequence[Problem]) -> str:
+def problem_title(problems: Sequence[Case]) -> str:
     """What the problems of one table have in common."""
     problem = problems[0]
     batches = list(dict.fromkeys(p.batch for p in problems))
@@ -109,10 +111,13 @@ def problem_title(problems: Sequence[Problem]) -> str:
 def print_group(console: Console, rows: Sequence[Row]) -> None:
     """One table: the rows of one mode, dtype, mask and shape, by length; below it, why rows have no figures."""
     kernels = {r.implementation: r.kernel for r in rows if r.implementation == "fastattn" and r.kernel}
-    unit = "GB/s" if rows[0].problem.q_len else "GFLOP/s"
+    unit = "GB/s" if rows[0].problem.bytes_read else "GFLOP/s"
+    off_softmax = any(row.off_softmax is not None for row in rows)
+    bases = _bases(rows)
     shown = table(
         *("length", "implementation", "ms", "p20-p80", unit, "of peak", "extra MiB", "max err", "ok"),
-        *("vs naive", "vs SDPA"),
+        *(["off softmax"] if off_softmax else []),
+        *(f"vs {title}" for title in bases.values()),
         left=("implementation",),
     )
     title = problem_title([row.problem for row in rows]) + "".join(
@@ -129,14 +134,20 @@ def print_group(console: Console, rows: Sequence[Row]) -> None:
                 key = (row.implementation, f"{row.status}: {reason.partition(' (')[0]}")
                 reasons.setdefault(key, []).append(length_name(seqlen))
             if row.median_ms is None:
-                shown.add_row(*label, row.status, *[""] * 8, style="dim")
+                shown.add_row(*label, row.status, *[""] * (6 + off_softmax + len(bases)), style="dim")
             else:
                 style = "bold" if row.implementation.startswith("fastattn") else None
-                shown.add_row(*label, *_figures(console, row), style=style)
+                figures = _figures(console, row)
+                if off_softmax:
+                    figures.append("-" if row.off_softmax is None else f"{row.off_softmax:.3f}")
+                shown.add_row(*label, *figures, *(number(row.speedup.get(base), "x") for base in bases), style=style)
     console.print(shown)
     for (name, reason), lengths in reasons.items():
         console.print(Text(f"  {name} at {', '.join(lengths)} {reason}", "dim"))
-    if reasons:
+    found = crossings(rows)
+    for crossing in found:
+        console.print(f"  {crossing}")
+    if reasons or found:
         console.print()
 
 
@@ -149,9 +160,13 @@ def _figures(console: Console, row: Row) -> list[str | Text]:
         number(row.extra_mib),
         "-" if row.max_error is None else f"{row.max_error:.1e}",
         check_mark(console, row.status == OK),
-        number(row.speedup.get("naive"), "x"),
-        number(row.speedup.get("sdpa"), "x"),
     ]
+
+
+def _bases(rows: Sequence[Row]) -> dict[str, str]:
+    """Which of the family's baselines have a column, by its title: those that were to be measured."""
+    columns = family_of(rows[0].problem).columns
+    return {base: title for base, title in columns.items() if any(row.implementation == base for row in rows)}
 
 
 def print_peaks(console: Console, results: Results) -> None:
@@ -168,8 +183,11 @@ def print_geometric_means(console: Console, results: Results) -> None:
     means = geometric_means(results.rows)
     if not means:
         return
+    bases = _bases(results.rows)
     shown = table(
-        *("implementation", "what", "vs naive", "lowest", "vs SDPA", "lowest", "lengths"),
+        *("implementation", "what"),
+        *(column for title in bases.values() for column in (f"vs {title}", "lowest")),
+        "lengths",
         left=("implementation", "what"),
     )
     for _, pair in groupby(means, key=lambda m: (m.implementation, m.mode, m.dtype, m.causal, m.head_dim, m.feature)):
@@ -178,10 +196,10 @@ def print_geometric_means(console: Console, results: Results) -> None:
         what = f"{MODE_NAMES[first.mode]}, {first.dtype}, {'causal' if first.causal else 'full'}, D {first.head_dim}"
         what += f", {first.feature}" if first.feature else ""
         cells = []
-        for base in ("naive", "sdpa"):
+        for base in bases:
             mean = by_base.get(base)
             cells += [number(mean.mean, "x"), number(mean.lowest, "x")] if mean else ["-", "-"]
-        cases = "/".join(str(by_base[b].cases) for b in ("naive", "sdpa") if b in by_base)
+        cases = "/".join(str(by_base[b].cases) for b in bases if b in by_base)
         shown.add_row(first.implementation, what, *cells, cases)
     console.print("Geometric means of the speed-ups", style="bold")
     console.print(shown)
@@ -215,14 +233,14 @@ def print_comparison(console: Console, comparison: Comparison, fail_on: float) -
     for warning in comparison.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     shown = table(
-        *("problem", "implementation", "old ms", "new ms", "time", "to SDPA", "memory", "verdict"),
+        *("problem", "implementation", "old ms", "new ms", "time", "to baseline", "memory", "verdict"),
         left=("problem", "implementation", "verdict"),
     )
 
     def share(ratio: float | None) -> str:
         return "-" if ratio is None else f"{ratio - 1:+.1%}"
 
-    worst_first = sorted(comparison.changes, key=lambda c: (not c.verdict, -(c.to_sdpa or c.time or 1.0)))
+    worst_first = sorted(comparison.changes, key=lambda c: (not c.verdict, -(c.to_steady or c.time or 1.0)))
     for change in worst_first:
         shown.add_row(
             change.problem.label(),
@@ -230,7 +248,7 @@ def print_comparison(console: Console, comparison: Comparison, fail_on: float) -
             number(change.old.median_ms),
             number(change.new.median_ms),
             share(change.time),
-            share(change.to_sdpa),
+            share(change.to_steady),
             share(change.memory),
             change.verdict or "ok",
             style="bold red" if change.verdict else None,

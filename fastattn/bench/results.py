@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from fastattn.bench.case import Case
 from fastattn.bench.environment import Environment, hardware
-from fastattn.bench.suites import Problem
+from fastattn.bench.families import FAMILIES, Family, family_of
 
 SCHEMA = "fastattn.bench/1"
 
@@ -26,11 +27,12 @@ class Row:
     """One implementation on one problem. Times are milliseconds per call; fields that were not measured are None.
 
     `errors` are by tensor, relative to the largest reference value, `max_error` the one nearest to (or furthest above)
-    its bar; `extra_mib` the peak memory above the inputs, outputs and gradients included. `speedup` maps the
-    baselines, "naive", "sdpa" and "flex", to the ratio of medians, and is empty for a result that failed its check.
+    its bar; `extra_mib` the peak memory above the inputs, outputs and gradients included. `speedup` maps the family's
+    baselines to the ratio of medians, and is empty for a result that failed its check. `off_softmax` is how far the
+    output of what stands in for softmax attention is from that: the norm of the difference, relative.
     """
 
-    problem: Problem
+    problem: Case
     implementation: str
     kernel: str = ""
     status: str = OK
@@ -48,11 +50,13 @@ class Row:
     errors: Mapping[str, float] = field(default_factory=dict)
     checked: str = ""
     speedup: Mapping[str, float] = field(default_factory=dict)
+    off_softmax: float | None = None
 
 
 @dataclass(frozen=True)
 class Results:
-    """A run: where, how, the machine's peaks by dtype (GFLOP/s), the rows and, for decoding, the read bandwidth."""
+    """A run of cases of one family: where, how, the machine's peaks by dtype (GFLOP/s), the rows and, for decoding, the
+    read bandwidth."""
 
     environment: Environment
     settings: dict[str, object]
@@ -60,9 +64,14 @@ class Results:
     rows: tuple[Row, ...]
     read_gbs: float | None = None
 
+    @property
+    def family(self) -> str:
+        return self.rows[0].problem.family if self.rows else "dense"
+
     def to_json(self) -> str:
         means = [asdict(mean) for mean in geometric_means(self.rows)]
-        return json.dumps({"schema": SCHEMA, **asdict(self), "geometric_means": means}, indent=1)
+        head = {"schema": SCHEMA, "family": self.family}
+        return json.dumps({**head, **asdict(self), "geometric_means": means}, indent=1)
 
     def write_json(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,25 +91,28 @@ class Results:
         schema = document.get("schema") if isinstance(document, dict) else None
         if schema != SCHEMA:
             raise ValueError(f"{path}: expected schema {SCHEMA!r}, found {schema!r}")
-        rows = tuple(Row(**{**row, "problem": Problem(**row["problem"])}) for row in document["rows"])
+        family = FAMILIES.get(document.get("family", "dense"))
+        if family is None:
+            raise ValueError(f"{path}: no family {document['family']!r}; there are {', '.join(FAMILIES)}")
+        rows = tuple(Row(**{**row, "problem": family.problem(**row["problem"])}) for row in document["rows"])
         return cls(document["environment"], document["settings"], document["peaks"], rows, document.get("read_gbs"))
 
     def append_csv(self, path: Path) -> None:
-        """Append one line per row; the columns are stable, so one file can collect many runs.
+        """Append one line per row; the columns are stable, so one file can collect many runs of a family.
 
         Raises:
             ValueError: the file exists with other columns.
         """
-        lines = list(self._csv_lines())
+        lines, columns = list(self._csv_lines()), csv_columns(FAMILIES[self.family])
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists() or path.stat().st_size == 0
         if not new:
             with path.open(newline="") as existing:
                 header = next(csv.reader(existing), [])
-            if tuple(header) != CSV_COLUMNS:
+            if tuple(header) != columns:
                 raise ValueError(f"{path}: has other columns than this version writes; name another file")
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS)
+            writer = csv.DictWriter(file, columns)
             if new:
                 writer.writeheader()
             writer.writerows(lines)
@@ -117,16 +129,16 @@ class Results:
         for row in self.rows:
             line: dict[str, object] = {**run, **asdict(row.problem)}
             line |= {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in NESTED}
-            line |= {"vs_naive": row.speedup.get("naive"), "vs_sdpa": row.speedup.get("sdpa")}
-            yield line
+            yield line | {f"vs_{base}": row.speedup.get(base) for base in family_of(row.problem).columns}
 
 
-CSV_COLUMNS = (
-    *("time", "commit", "version", "torch", "hardware"),
-    *(f.name for f in fields(Problem)),
-    *(f.name for f in fields(Row) if f.name not in NESTED),
-    *("vs_naive", "vs_sdpa"),
-)
+def csv_columns(family: Family) -> tuple[str, ...]:
+    return (
+        *("time", "commit", "version", "torch", "hardware"),
+        *(f.name for f in fields(family.problem)),
+        *(f.name for f in fields(Row) if f.name not in NESTED),
+        *(f"vs_{base}" for base in family.columns),
+    )
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from fastattn.bench.accuracy import Judge
+from fastattn.bench.case import Case, Implementation, Judge
 from fastattn.bench.environment import environment
-from fastattn.bench.layer import LayerJudge
+from fastattn.bench.families import family_of
 from fastattn.bench.memory import MIB, AllocationMeter, available_memory, is_out_of_memory
 from fastattn.bench.peaks import Peak, measure_peaks, read_bandwidth
 from fastattn.bench.plan import TimePlan
 from fastattn.bench.results import FAILED, OOM, SKIPPED, WRONG, Results, Row
-from fastattn.bench.suites import Implementation, Problem
 from fastattn.bench.timing import Timing, clock_for, interleave
 
 Progress = Callable[[int, int, str], None]  # problems done, problems in all, what comes next
@@ -26,7 +25,6 @@ Progress = Callable[[int, int, str], None]  # problems done, problems in all, wh
 MEMORY_SHARE = 0.7
 
 MIN_SAMPLES = 3
-BASELINES = ("naive", "sdpa", "flex")
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Settings:
     notes: tuple[str, ...] = ()
 
 
-def make_step(problem: Problem, attend: Callable, inputs: tuple[Tensor, ...]) -> Callable[[], tuple]:
-    """One call of what is timed; returns (out,) or (out, grad_query, grad_key, grad_value, grad_bias if any)."""
+def make_step(problem: Case, attend: Callable, inputs: tuple[Tensor, ...]) -> Callable[[], tuple]:
+    """One call of what is timed; returns (out,) or (out, the gradient of every input)."""
     *tensors, grad_out = inputs
     if problem.mode == "fwd":
 
@@ -68,24 +66,44 @@ def _failure(row: Row, error: BaseException) -> Row:
     return replace(row, status=OOM if is_out_of_memory(error) else FAILED, reason=reason[:200])
 
 
+class _Solved:
+    """A case that implementations solve: its inputs and, once there is a result to judge, its judge."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case = case
+        self.inputs = case.inputs(device)
+        self._judge: Judge | None = None
+
+    @property
+    def judge(self) -> Judge:
+        self._judge = self._judge or self.case.judge(self.inputs)
+        return self._judge
+
+
+def _solved(known: dict[Case, _Solved], case: Case, settings: Settings) -> _Solved:
+    if case not in known:
+        known[case] = _Solved(case, settings.device)
+    return known[case]
+
+
 def measure(
-    problem: Problem, implementations: Sequence[Implementation], settings: Settings, plan: TimePlan, index: int
+    problem: Case, implementations: Sequence[Implementation], settings: Settings, plan: TimePlan, index: int
 ) -> list[Row]:
     """The rows of one problem, in the order of `implementations`; speed-ups and fractions are not yet filled in."""
     implementations = [impl for impl in implementations if impl.subject(problem)]
     started = time.perf_counter()
     allowance = plan.allowance(index)
     limit = settings.memory_limit or int(MEMORY_SHARE * available_memory(settings.device))
-    inputs = problem.inputs(settings.device)
-    judge: Judge | LayerJudge | None = None
+    solved: dict[Case, _Solved] = {}
     rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], tuple]] = {}
     warm: dict[str, float] = {}
     # What is quadratic in memory is the slowest: last, so that the others have been measured if time runs out.
-    for impl in sorted(implementations, key=lambda impl: (impl.compiles, impl.estimate(problem))):
+    for impl in sorted(implementations, key=lambda impl: (impl.compiles, impl.estimate(impl.solves(problem)))):
         row = Row(problem, impl.name)
-        needed = impl.estimate(problem)
-        slow = plan.too_slow(impl.name, problem, MIN_SAMPLES + 1, allowance)
+        case = impl.solves(problem)
+        needed = impl.estimate(case)
+        slow = plan.too_slow(impl.name, problem, impl.work(case), MIN_SAMPLES + 1, allowance)
         if needed > limit:
             reason = f"needs more memory than there is (about {needed / MIB:,.0f} MiB of {limit / MIB:,.0f})"
             rows[impl.name] = replace(row, status=SKIPPED, reason=reason)
@@ -94,9 +112,9 @@ def measure(
             rows[impl.name] = replace(row, status=SKIPPED, reason=slow)
             continue
         try:
-            kernel, attend = impl.bind(problem)
+            kernel, attend = impl.bind(case)
             row = replace(row, kernel=kernel)
-            step = make_step(problem, attend, inputs)
+            step = make_step(case, attend, _solved(solved, case, settings).inputs)
             before = time.perf_counter()
             if impl.compiles or settings.device.type == "cuda":
                 step()  # compilation and autotuning are neither the kernel's memory nor its time
@@ -105,8 +123,10 @@ def measure(
             with AllocationMeter(settings.device) as meter:
                 results = step()
             warm[impl.name] = time.perf_counter() - before
-            judge = judge or (LayerJudge if problem.layer else Judge)(problem, inputs)
+            judge = solved[case].judge
             check = judge.check(results)
+            if case != problem and case.approximates_softmax:
+                row = replace(row, off_softmax=_solved(solved, problem, settings).judge.distance(results[0]))
             del results
         except Exception as error:
             rows[impl.name] = _failure(row, error)
@@ -132,24 +152,26 @@ def measure(
         min_samples=MIN_SAMPLES,
         max_samples=settings.max_samples,
     )
+    by_name = {impl.name: impl for impl in implementations}
     for name, timing in timings.items():
         if isinstance(timing, Timing):
-            plan.learn(name, problem, timing.median)
-            rows[name] = _timed(rows[name], timing)
+            impl = by_name[name]
+            plan.learn(name, problem, impl.work(impl.solves(problem)), timing.median)
+            rows[name] = _timed(rows[name], impl.solves(problem), timing)
         else:
             rows[name] = _failure(rows[name], timing)
     return [rows[impl.name] for impl in implementations]
 
 
-def _timed(row: Row, timing: Timing) -> Row:
+def _timed(row: Row, case: Case, timing: Timing) -> Row:
     return replace(
         row,
         median_ms=1e3 * timing.median,
         p20_ms=1e3 * timing.quantile(0.2),
         p80_ms=1e3 * timing.quantile(0.8),
         samples=len(timing.samples),
-        gflops=row.problem.flops / timing.median / 1e9,
-        gbs=row.problem.bytes_moved / timing.median / 1e9 if row.problem.q_len else None,
+        gflops=case.flops / timing.median / 1e9,
+        gbs=row.problem.bytes_read / timing.median / 1e9 if row.problem.bytes_read else None,
     )
 
 
@@ -159,11 +181,11 @@ def compare_rows(rows: Sequence[Row], peak: Peak | None, read_gbs: float | None 
     filled = []
     for row in rows:
         fraction = row.gflops / peak.best if row.gflops and peak and peak.best else None
-        if row.problem.q_len:
+        if row.problem.bytes_read:
             fraction = row.gbs / read_gbs if row.gbs and read_gbs else None
         speedup = {
             base: medians[base] / medians[row.implementation]
-            for base in BASELINES
+            for base in family_of(row.problem).baselines
             if base in medians and row.implementation in medians and base != row.implementation
         }
         filled.append(replace(row, peak_fraction=fraction, speedup=speedup))
@@ -171,7 +193,7 @@ def compare_rows(rows: Sequence[Row], peak: Peak | None, read_gbs: float | None 
 
 
 def run(
-    problems: Sequence[Problem],
+    problems: Sequence[Case],
     implementations: Sequence[Implementation],
     settings: Settings,
     progress: Progress = lambda done, total, label: None,
@@ -184,7 +206,7 @@ def run(
     order = sorted(range(len(problems)), key=lambda i: problems[i].flops)
     plan = TimePlan([problems[i] for i in order], settings.time_limit_s, settings.device.type)
     peaks = measure_peaks((p.dtype for p in problems), settings.device)
-    read_gbs = read_bandwidth(settings.device) if any(p.q_len for p in problems) else None
+    read_gbs = read_bandwidth(settings.device) if any(p.bytes_read for p in problems) else None
     measured: dict[int, list[Row]] = {}
     gc.freeze()  # what is there by now stays: going through it after every problem would take a fifth of a second
     for done, i in enumerate(order):

@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from fastattn.bench.case import Case
 from fastattn.bench.results import OK, Results, Row
-from fastattn.bench.suites import Problem
 
 SINGLE_CASE = 0.85
 
 
+Run = Mapping[Case, Mapping[str, Row]]  # all rows by problem and implementation
+
+
 @dataclass(frozen=True)
 class Measure:
-    """What a target is stated in. `of` takes fastattn's row and all rows of its problem, by implementation."""
+    """What a target is stated in. `of` takes fastattn's row and the run that it is of."""
 
     name: str
-    of: Callable[[Row, Mapping[str, Row]], float | None]
+    of: Callable[[Row, Run], float | None]
     percent: bool = False
+    beside: int | None = None  # another length that it looks at
 
 
 def speedup(base: str) -> Measure:
     """How many times as fast as a baseline."""
-    return Measure(f"x {base}", lambda row, beside: row.speedup.get(base))
+    return Measure(f"x {base}", lambda row, run: row.speedup.get(base))
 
 
-def _gradient_error_beside_sdpa(row: Row, beside: Mapping[str, Row]) -> float | None:
-    sdpa = beside.get("sdpa")
+def time_at(seqlen: int, *, each_token: bool) -> Measure:
+    """The time of a call, or of each token, at another length over that at the row's own: 1 where it stays the same."""
+
+    def of(row: Row, run: Run) -> float | None:
+        there = run.get(replace(row.problem, seqlen=seqlen), {}).get(row.implementation)
+        if there is None or not there.median_ms or not row.median_ms or there.status != OK:
+            return None
+        ratio = there.median_ms / row.median_ms
+        return ratio * row.problem.seqlen / seqlen if each_token else ratio
+
+    return Measure(f"of the time at {seqlen // 1024}k" + (" per token" if each_token else ""), of, beside=seqlen)
+
+
+def _gradient_error_beside_sdpa(row: Row, run: Run) -> float | None:
+    sdpa = run.get(row.problem, {}).get("sdpa")
     names = [name for name in row.errors if name.startswith("grad_")]
     if sdpa is None or not names or any(name not in sdpa.errors for name in names):
         return None
@@ -35,7 +53,7 @@ def _gradient_error_beside_sdpa(row: Row, beside: Mapping[str, Row]) -> float | 
 
 
 # Of the machine's limit: the matrix-product peak, or the read bandwidth in decoding.
-fraction = Measure("of the limit", lambda row, beside: row.peak_fraction, percent=True)
+fraction = Measure("of the limit", lambda row, run: row.peak_fraction, percent=True)
 # How many times as far from float64 SDPA's gradients are, in the one where that is least.
 gradient_error_beside_sdpa = Measure("x more exact than sdpa", _gradient_error_beside_sdpa)
 TIMES_SDPA = speedup("sdpa")
@@ -50,7 +68,7 @@ class Target:
 
     what: str
     goal: float
-    picks: Callable[[Problem], bool]
+    picks: Callable[[Any], bool]
     measure: Measure = TIMES_SDPA
 
 
@@ -72,11 +90,11 @@ class Outcome:
 
 
 def judge_target(target: Target, results: Results) -> Outcome:
-    by_problem: dict[Problem, dict[str, Row]] = {}
+    by_problem: dict[Case, dict[str, Row]] = {}
     for row in results.rows:
         by_problem.setdefault(row.problem, {})[row.implementation] = row
     figures = [
-        target.measure.of(beside["fastattn"], beside) if beside["fastattn"].status == OK else None
+        target.measure.of(beside["fastattn"], by_problem) if beside["fastattn"].status == OK else None
         for problem, beside in by_problem.items()
         if "fastattn" in beside and target.picks(problem)
     ]

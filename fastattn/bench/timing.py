@@ -17,8 +17,9 @@ import torch
 
 Step = Callable[[], object]
 
-# A sample shorter than this is dominated by the timer and by one-off stalls, so short calls are timed in batches.
-SHORTEST_SAMPLE_S = 200e-6
+# A shorter sample would tell more of one-off stalls, and of what the one before it left in the caches, than of the
+# function, so short calls are timed in batches.
+SHORTEST_SAMPLE_S = 5e-3
 
 # A first call includes loading, allocating and waking threads; where it took no longer than this, another call tells
 # what a call really costs.

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,8 +15,8 @@ from fastattn.cli.common import Batch, Device, Heads, Lengths, pick_device, user
 from fastattn.cli.profile import run as run_profile
 
 if TYPE_CHECKING:
-    from fastattn.bench.presets import Preset
-    from fastattn.bench.suites import Problem
+    from fastattn.bench.case import Case
+    from fastattn.bench.preset import Preset
 
 app = typer.Typer(add_completion=False)
 
@@ -25,7 +25,23 @@ app = typer.Typer(add_completion=False)
 def bench(
     context: typer.Context,
     preset: Annotated[
-        str | None, typer.Option(help="quickstart, quick, cpu, cpu-avx2, figures, gpu or gpu-dry, instead of shapes")
+        str | None,
+        typer.Option(
+            help="quickstart, quick, cpu, cpu-avx2, figures, gpu or gpu-dry; linear, mechanisms, approximation, "
+            "linear-gpu, mechanisms-gpu or linear-gpu-dry; instead of shapes"
+        ),
+    ] = None,
+    family: Annotated[str, typer.Option(help="dense (softmax attention) or linear")] = "dense",
+    mechanism: Annotated[
+        str | None,
+        typer.Option(
+            help="of --family linear, separated by commas: linear, linear-sum, retention, simple-gla, gla, delta, "
+            "gated-delta, performer, linformer, nystrom",
+            show_default="linear",
+        ),
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="features of a Performer, keys of a Linformer, landmarks of Nystrom")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="the same as --preset quick")] = False,
     seqlen: Lengths = "512,1k,2k,4k",
@@ -40,7 +56,10 @@ def bench(
     mode: Annotated[str, typer.Option(help="fwd, fwdbwd (forward + backward), or both: fwd,fwdbwd")] = "fwd,fwdbwd",
     impl: Annotated[
         str | None,
-        typer.Option(help="naive, sdpa, sdpa:<torch backend>, fastattn, fastattn:<backend>, flex, a peer"),
+        typer.Option(
+            help="naive, sdpa, sdpa:<torch backend>, fastattn, fastattn:<backend>, flex, a peer, a mechanism "
+            "(performer, performer:512); --family linear: naive, torch, fla, sdpa, flash, fastattn"
+        ),
     ] = None,
     device: Device = "auto",
     time_limit: Annotated[float | None, typer.Option(min=1, help="seconds; slow rows are skipped to keep it")] = None,
@@ -51,15 +70,17 @@ def bench(
 ) -> None:
     """Time, memory and error of naive attention, torch's SDPA and fastattn, side by side.
 
+    With --family linear: of linear attention, beside its quadratic form, PyTorch's chunkwise one and softmax attention.
+
     `fastattn bench compare A.json B.json` compares two runs.
     """
     if context.invoked_subcommand is not None:
         return
     with user_errors():
+        from fastattn.bench.families import family_of
         from fastattn.bench.presets import PRESETS
         from fastattn.bench.report import make_console, print_results, print_targets, progress_bar
         from fastattn.bench.run import Settings, run
-        from fastattn.bench.suites import absent_peer, default_implementations, implementation
         from fastattn.bench.targets import judge_target
 
         name = "quick" if quick else preset
@@ -69,19 +90,25 @@ def bench(
         if chosen:
             _start_with(chosen.environment)
         where = pick_device(device)
+        problems: Sequence[Case]
         if chosen:
             problems = chosen.problems()
         else:
             masks = [kind for kind, wanted in ((False, full or both), (True, causal or both or not full)) if wanted]
-            problems = _problems(seqlen, dtype, head_dim, heads, kv_heads, batch, masks, mode)
+            shape = {"heads": heads, "kv_heads": kv_heads or heads, "batch": batch}
+            bases = _bases(family, mechanism, width, shape)
+            problems = _problems(bases, seqlen, dtype, head_dim, masks, mode)
         console, progress_console = make_console(), make_console(stderr=True)
-        notes: list[str] = []
-        names: Sequence[str] = impl.split(",") if impl else default_implementations(where)
+        chosen_family = family_of(problems[0])
+        names: Sequence[str] = impl.split(",") if impl else chosen_family.default(where)
         if chosen and chosen.implementations and not impl:
-            absent = {name: absent_peer(name) for name in chosen.implementations}
-            names = [name for name, reason in absent.items() if reason is None]
-            notes = [f"{name} is not measured: {reason}" for name, reason in absent.items() if reason]
-        implementations = [implementation(name.strip()) for name in names]
+            names = chosen.implementations
+        implementations = [chosen_family.implementation(name.strip()) for name in names]
+        notes: list[str] = []
+        if not impl:
+            absent = {i.name: reason for i in implementations if (reason := i.absent())}
+            implementations = [i for i in implementations if i.name not in absent]
+            notes = [f"{name} is not measured: {reason}" for name, reason in absent.items()]
         if chosen:
             implementations = [replace(i, subject=chosen.subjects.get(i.name, i.subject)) for i in implementations]
             notes += [f"run with {key}={value}" for key, value in chosen.environment.items()]
@@ -121,29 +148,42 @@ def _start_with(environment: Mapping[str, str]) -> None:
         os.execve(sys.executable, [sys.executable, "-m", "fastattn.cli", *sys.argv[1:]], {**os.environ, **environment})
 
 
-def _problems(
-    seqlen: str,
-    dtype: str,
-    head_dim: str,
-    heads: int,
-    kv_heads: int | None,
-    batch: int,
-    masks: list[bool],
-    mode: str,
-) -> list[Problem]:
-    from fastattn.bench.options import parse_dtypes, parse_integers, parse_lengths, parse_names
-    from fastattn.bench.suites import MODES, Problem, grid
+def _bases(family: str, mechanism: str | None, width: int | None, shape: dict[str, Any]) -> list[Case]:
+    """A case of each mechanism that was named, of any length."""
+    from fastattn.bench.families import FAMILIES
+    from fastattn.bench.linear.problem import MECHANISMS, LinearProblem
+    from fastattn.bench.options import parse_names
+    from fastattn.bench.suites import Problem
 
-    if heads % (kv_heads or heads):
-        raise ValueError(f"heads: must be a multiple of kv-heads, got {heads} and {kv_heads}")
-    return grid(
-        parse_lengths(seqlen),
-        head_dims=parse_integers(head_dim, "head-dim"),
-        dtypes=parse_dtypes(dtype),
-        causal=masks,
-        modes=parse_names(mode, "mode", MODES),
-        base=Problem(0, heads=heads, kv_heads=kv_heads or heads, batch=batch),
-    )
+    if family not in FAMILIES:
+        raise ValueError(f"family: no {family!r}; there are {', '.join(FAMILIES)}")
+    if shape["heads"] % shape["kv_heads"]:
+        raise ValueError(f"heads: must be a multiple of kv-heads, got {shape['heads']} and {shape['kv_heads']}")
+    if family == "dense":
+        for name, value in (("mechanism", mechanism), ("width", width)):
+            if value is not None:
+                raise ValueError(f"{name}: goes with --family linear; beside softmax attention name it in --impl")
+        return [Problem(0, **shape)]
+    names = parse_names(mechanism or "linear", "mechanism", tuple(MECHANISMS))
+    return [LinearProblem(0, **shape, mechanism=n, width=width, causal=MECHANISMS[n].masks[0]) for n in names]
+
+
+def _problems(bases: list[Case], seqlen: str, dtype: str, head_dim: str, masks: list[bool], mode: str) -> list[Case]:
+    from fastattn.bench.case import MODES, grid
+    from fastattn.bench.options import parse_dtypes, parse_integers, parse_lengths, parse_names
+
+    return [
+        case
+        for base in bases
+        for case in grid(
+            base,
+            parse_lengths(seqlen),
+            head_dims=parse_integers(head_dim, "head-dim"),
+            dtypes=parse_dtypes(dtype),
+            causal=masks,
+            modes=parse_names(mode, "mode", MODES),
+        )
+    ]
 
 
 @app.command("compare")

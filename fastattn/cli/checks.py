@@ -93,27 +93,32 @@ def explain(
 def verify(
     backend: Annotated[list[str] | None, typer.Option(help="backend to check; repeat for more; default: all")] = None,
     dtype: Annotated[str | None, typer.Option(help="dtypes, separated by commas; default: all")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="dense or linear; repeat for more; default: all")] = None,
     case: Annotated[list[str] | None, typer.Option(help="only cases whose name contains this; repeat for more")] = None,
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="of the random inputs; default: a fresh one")] = None,
     record: Annotated[bool, typer.Option("--record", help="write the hardware ledger")] = False,
     ledger: Annotated[Path | None, typer.Option(help="folder for --record; default: the package's own")] = None,
 ) -> None:
-    """Check the accuracy of every backend over the feature grid; exit code 1 where a case fails."""
+    """Check the accuracy of every backend over its family's feature grid; exit code 1 where a case fails."""
     with user_errors():
         from fastattn.bench.environment import environment, headline
         from fastattn.bench.options import parse_dtypes
         from fastattn.bench.report import make_console, progress_bar
         from fastattn.bench.suites import DTYPES
-        from fastattn.verify import GRID
+        from fastattn.verify import GRIDS
         from fastattn.verify import record as write_record
         from fastattn.verify import verify as run_grid
 
-        cases = [c for c in GRID if case is None or any(part in c.name for part in case)]
+        for name in family or ():
+            if name not in GRIDS:
+                raise ValueError(f"--family: expected {' or '.join(GRIDS)}, got {name!r}")
+        grid = [c for name in family or GRIDS for c in GRIDS[name]]
+        cases = [c for c in grid if case is None or any(part in c.name for part in case)]
         if not cases:
             raise ValueError(f"--case: no case's name contains {' or '.join(case or ())}")
-        if record and case:
-            raise ValueError("--record takes the whole grid, not some cases")
+        if record and (case or family):
+            raise ValueError("--record takes all grids, not some cases or families")
         where = pick_device(device)
         dtypes = [DTYPES[name] for name in parse_dtypes(dtype)] if dtype else None
         console = make_console()

@@ -25,9 +25,16 @@ def profile(
     impl: Annotated[
         str | None,
         typer.Option(
-            help="naive, sdpa, fastattn; your own model's: original, replaced, activated, overridden. "
+            help="naive, sdpa, fastattn, a mechanism; your own model's: original, replaced, activated, overridden. "
             "The first is the baseline",
             show_default="naive,fastattn; original,replaced,activated",
+        ),
+    ] = None,
+    mechanism: Annotated[
+        str | None,
+        typer.Option(
+            help="what stands in for softmax attention, beside it: performer, linear, retention, gla, delta; with "
+            "--full performer, linear, linformer, nystrom"
         ),
     ] = None,
     mode: Annotated[str, typer.Option(help="fwdbwd (a training step) or fwd (inference)")] = "fwdbwd",
@@ -64,14 +71,19 @@ def profile(
     writes what was measured until then.
     """
     with user_errors():
+        from fastattn.bench.builtin import STAND_INS
+        from fastattn.bench.case import MODES
         from fastattn.bench.model import MODEL
         from fastattn.bench.options import parse_dtypes, parse_lengths, parse_names
         from fastattn.bench.point import kind_of
         from fastattn.bench.subject import Shape
-        from fastattn.bench.suites import MODES
 
         kind = kind_of(model)
         names = parse_names(impl, "impl", kind.implementations) if impl else list(kind.default)
+        if mechanism:
+            if kind is MODEL:
+                raise ValueError("mechanism: the factory of your own model decides that")
+            names += parse_names(mechanism, "mechanism", STAND_INS)
         if mode not in MODES:
             raise ValueError(f"mode: no {mode!r}; there are {', '.join(MODES)}")
         dtypes = parse_dtypes(dtype) if dtype else [None]
