@@ -17,10 +17,10 @@ import torch
 
 from fastattn import ledger, verify
 from fastattn.verify import CaseResult, Report, Row
-from fastattn.verify.cases import GRID, Case
+from fastattn.verify.family import Case
 from fastattn.verify.timings import interleaved_medians, timings
 
-DIGESTS = {"dense/cpu/v3": "aa11", "dense/cpu/v4": "bb22"}
+DIGESTS = {"dense/cpu/v3": "aa11", "dense/cpu/v4": "bb22", "linear/cpu/v4": "bb22"}
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "versions": {"fastattn": "0", "python": "3", "torch": "2"},
         "commit": None,
         "kernels": dict(DIGESTS),
-        "cases": [{"case": "full", "ratios": {"cpu/v4 float32": 0.5}}],
+        "cases": [{"family": "dense", "case": "full", "ratios": {"cpu/v4 float32": 0.5}}],
         "timings": [],
     } | changes
 
@@ -88,15 +88,15 @@ def test_slug(name: str, expected: str) -> None:
 
 
 def test_shipped_records_are_well_formed() -> None:
-    """Every JSON beside the module: this schema, its device's name, no ratio past the bar in what it proves."""
+    """Fails where a JSON beside the module has another schema or device's name, or proves what went past the bar."""
     for path in ledger.FOLDER.glob("*.json"):
         shipped = json.loads(path.read_text())
         assert shipped.keys() == record().keys()
         assert path.name == f"{ledger.slug(shipped['device']['name'])}.json"
-        proved = {name.removeprefix("dense/") for name in shipped["kernels"]}
         for case in shipped["cases"]:
-            for kernel, ratio in case["ratios"].items():
-                assert kernel.split()[0] not in proved or (ratio is not None and ratio <= 1.0), (path.name, case)
+            for target, ratio in case["ratios"].items():
+                kernel = f"{case.get('family', 'dense')}/{target.split()[0]}"
+                assert kernel not in shipped["kernels"] or (ratio is not None and ratio <= 1.0), (path.name, case)
 
 
 def test_import_is_light() -> None:
@@ -111,10 +111,13 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _report(kernel_isa: str = "v4", failing: str | None = None, cases: tuple[Case, ...] = GRID) -> Report:
-    """A report in which each case passed in each dtype, but for `failing`."""
+EVERYTHING = tuple(case for grid in verify.GRIDS.values() for case in grid)
+
+
+def _report(failing: str | None = None, cases: tuple[Case, ...] = EVERYTHING) -> Report:
+    """A report in which each case passed on cpu/v4 in each dtype, but for `failing`, as family/case."""
     rows = [
-        Row(kernel_isa, CaseResult(case, "cpu", dtype, {"out": 0.5}, case.name != failing, ""))
+        Row("v4", CaseResult(case, "cpu", dtype, {"out": 0.5}, f"{case.family}/{case.name}" != failing, ""))
         for case in cases
         for dtype in verify.DTYPES
     ]
@@ -127,32 +130,51 @@ def _write(report: Report, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 
 
 def test_a_record_proves_what_ran_and_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of the grid in all dtypes, all passed: the kernel's digest; anything less: none."""
+    """Fails where anything but a family's whole grid in all dtypes, all passed, proves that family's kernel."""
     written = _write(_report(), tmp_path, monkeypatch)
-    assert written["kernels"] == {"dense/cpu/v4": "bb22"}
-    assert len(written["cases"]) == len(GRID)
+    assert written["kernels"] == {"dense/cpu/v4": "bb22", "linear/cpu/v4": "bb22"}
+    assert [(c["family"], c["case"]) for c in written["cases"]] == [(c.family, c.name) for c in EVERYTHING]
     assert set(written["cases"][0]["ratios"]) == {f"cpu/v4 {str(d).removeprefix('torch.')}" for d in verify.DTYPES}
-    assert _write(_report(failing="causal"), tmp_path, monkeypatch)["kernels"] == {}
-    assert _write(_report(cases=GRID[1:]), tmp_path, monkeypatch)["kernels"] == {}
-    assert ledger.status({"dense/cpu/v4": "bb22"}, folder=tmp_path) == "not verified on this hardware"
+    assert set(_write(_report("dense/causal"), tmp_path, monkeypatch)["kernels"]) == {"linear/cpu/v4"}
+    assert set(_write(_report("linear/elu"), tmp_path, monkeypatch)["kernels"]) == {"dense/cpu/v4"}
+    assert set(_write(_report(cases=EVERYTHING[1:]), tmp_path, monkeypatch)["kernels"]) == {"linear/cpu/v4"}
+    assert set(_write(_report(cases=EVERYTHING[:-1]), tmp_path, monkeypatch)["kernels"]) == {"dense/cpu/v4"}
+    assert ledger.status({"linear/cpu/v4": "bb22"}, folder=tmp_path) == "not verified on this hardware"
 
 
-def test_verify_reports_each_backend(tmp_path: Path) -> None:
-    """Rows for each instruction set, progress that reaches its end, a summary that names a failure."""
+def test_digests_name_each_family() -> None:
+    """Fails where a kernel of a family has no digest, or one does that this build has not."""
+    families = [family for family in verify.GRIDS if "cpu" in verify.backends_on("cpu", family=family)]
+    isas = [isa for isa in verify.instruction_sets("cpu") if isa]
+    found = verify.kernel_digests("cpu")
+    assert set(found) == {f"{family}/cpu/{isa}" for family in families for isa in isas}
+    assert all(found[f"{family}/cpu/{isa}"] == found[f"dense/cpu/{isa}"] for family in families for isa in isas)
+    on_gpu = verify.kernel_digests("cuda")  # of sources alone, so it needs no GPU
+    assert {"dense/triton"} <= set(on_gpu) <= {f"{family}/triton" for family in verify.GRIDS}
+    assert len(set(on_gpu.values())) == len(on_gpu)
+
+
+def test_verify_reports_each_backend() -> None:
+    """Fails where an instruction set or family has no rows, progress stops short, or a failure goes unnamed."""
     seen: list[tuple[int, int, str]] = []
     cases = [verify.find_case(name) for name in ("causal", "softcap", "packed_causal")]
+    cases.append(verify.find_case("elu", "linear"))
     report = verify.verify(dtypes=[torch.float32], progress=lambda *step: seen.append(step), cases=cases, device="cpu")
     kernels = report.kernels()
     assert report.passed, report.summary()
-    assert kernels[-2:] == ["reference", "sdpa"]
-    assert len(report.rows) == len(cases) * len(kernels) == seen[-1][0] == seen[-1][1]
-    assert "reference" in report.summary()
+    dense = [kernel for kernel in kernels if kernel.startswith("dense/")]
+    assert dense[-2:] == ["dense/reference", "dense/sdpa"]
+    assert kernels[-1] == "linear/reference"
+    assert len(report.rows) == 3 * len(dense) + (len(kernels) - len(dense)) == seen[-1][0] == seen[-1][1]
+    assert "linear/reference" in report.summary()
     broken = Report("cpu", [*report.rows, Row("", CaseResult(cases[0], "reference", torch.float32, {}, False, "odd"))])
     assert not broken.passed
-    assert "FAILED reference float32 causal: odd" in broken.summary()
+    assert "FAILED dense/reference float32 causal: odd" in broken.summary()
     assert not Report("cpu").passed  # nothing ran, nothing is shown
     with pytest.raises(ValueError, match="no_such"):
         verify.verify(backends=["no_such"], device="cpu")
+    with pytest.raises(ValueError, match="sdpa"):
+        verify.verify(backends=["sdpa"], device="cpu", cases=cases[-1:])  # the linear family has none
 
 
 def test_timings_rows() -> None:

@@ -59,3 +59,6 @@ def test_steps_of_buffers_are_not_a_quadratic_term():
     fit = fit_growth([1024, 2048, 4096, 8192], [11.49, 19.5, 38.6, 76.7])
     assert fit.quadratic == 0
     assert fit.residual < 0.06
+    nearly = fit_growth(LENGTHS, [1e5 + 277.0 * n + 1e-5 * n * n for n in LENGTHS])
+    assert nearly.quadratic == 0
+    assert nearly.linear == pytest.approx(277, rel=0.001)

@@ -7,13 +7,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastattn.bench.accuracy import Judge, one_head
+from fastattn.bench.accuracy import DenseJudge, one_head
+from fastattn.bench.case import Implementation, grid
+from fastattn.bench.families import family_of
 from fastattn.bench.layer import LayerJudge
 from fastattn.bench.peaks import Peak
+from fastattn.bench.peers import PEERS
 from fastattn.bench.presets import PRESETS
 from fastattn.bench.results import Results, Row
 from fastattn.bench.run import Settings, compare_rows, make_step, run
-from fastattn.bench.suites import PEERS, Implementation, Problem, absent_peer, grid, implementation
+from fastattn.bench.suites import Problem, implementation
 from fastattn.bench.targets import Target, gradient_error_beside_sdpa, judge_target
 from fastattn.dense.naive import naive_attention
 
@@ -52,7 +55,7 @@ def test_flops_of_windows_and_bytes_of_decoding():
     assert replace(problem, window=50).flops == replace(problem, window=None).flops
     decode = Problem(4096, head_dim=128, heads=32, kv_heads=8, batch=2, dtype="bfloat16", q_len=1)
     assert decode.flops == 4 * 2 * 32 * 4096 * 128
-    assert decode.bytes_moved == 2 * 2 * 128 * (2 * 8 * 4096 + 2 * 32)
+    assert decode.bytes_read == 2 * 2 * 128 * (2 * 8 * 4096 + 2 * 32)
 
 
 def broken(name, change, **kwargs):
@@ -133,7 +136,7 @@ def test_features_are_computed_by_all_and_wrong_ones_found(problem, monkeypatch)
     assert [row.status for row in rows.values()] == expected, [row.reason for row in rows.values()]
     fast = rows[names[-1]]
     if problem.q_len:
-        assert fast.gbs == pytest.approx(problem.bytes_moved / fast.median_ms / 1e6)
+        assert fast.gbs == pytest.approx(problem.bytes_read / fast.median_ms / 1e6)
         assert fast.peak_fraction == pytest.approx(fast.gbs / 50.0)
     else:
         assert fast.gbs is None
@@ -211,7 +214,7 @@ def test_long_problems_are_checked_on_spots(monkeypatch):
     monkeypatch.setattr("fastattn.bench.accuracy.LONGEST_WHOLE_HEAD", 128)
     problem = Problem(200, head_dim=8, mode="fwdbwd", causal=True)
     inputs = problem.inputs(CPU)
-    judge = Judge(problem, inputs)
+    judge = DenseJudge(problem, inputs)
     assert judge.checked.startswith("out, grad_query: 128 rows")
     leaves = [t.requires_grad_() for t in inputs[:3]]
     out = naive_attention(*leaves, causal=True)
@@ -240,7 +243,7 @@ def test_layers_are_judged_by_output_and_all_gradients(kind, mode, causal):
 
 
 def test_grid_and_presets_keep_tables_together():
-    problems = grid((512, 1024), dtypes=("float32", "bfloat16"), causal=(False, True), modes=("fwd",))
+    problems = grid(Problem(0), (512, 1024), dtypes=("float32", "bfloat16"), causal=(False, True), modes=("fwd",))
     assert len(problems) == 8
     assert [p.seqlen for p in problems[:2]] == [512, 1024]
     for preset in PRESETS.values():
@@ -274,7 +277,7 @@ def test_gradients_are_compared_with_sdpas_one_by_one():
     """Fails if the best gradient speaks for all, or if the output's error counts."""
     ours = Row(Problem(64), "fastattn", errors={"out": 9.0, "grad_query": 1.0, "grad_key": 2.0})
     theirs = Row(Problem(64), "sdpa", errors={"out": 1.0, "grad_query": 8.0, "grad_key": 3.0})
-    assert gradient_error_beside_sdpa.of(ours, {"sdpa": theirs}) == 1.5
+    assert gradient_error_beside_sdpa.of(ours, {ours.problem: {"sdpa": theirs}}) == 1.5
     assert gradient_error_beside_sdpa.of(ours, {}) is None
 
 
@@ -285,7 +288,7 @@ def test_every_target_has_cases_in_its_preset():
             assert cases, target.what
             base = target.measure.name.removeprefix("x ")
             if base in preset.implementations:
-                reaches = preset.subjects.get(base, implementation(base).subject)
+                reaches = preset.subjects.get(base, family_of(cases[0]).implementation(base).subject)
                 assert all(reaches(p) for p in cases), target.what
 
 
@@ -315,10 +318,10 @@ def test_the_gpu_preset_has_every_kind_of_call_and_its_dry_run_the_same():
 
 
 def test_an_absent_peer_says_why():
-    assert absent_peer("naive") is None
+    assert implementation("naive").absent() is None
     for name, peer in PEERS.items():
         if importlib.util.find_spec(peer.module.partition(".")[0]) is None:
-            assert "ModuleNotFoundError" in absent_peer(name)
+            assert "ModuleNotFoundError" in implementation(name).absent()
 
 
 @pytest.mark.parametrize(

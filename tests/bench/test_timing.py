@@ -97,14 +97,14 @@ def test_time_plan_gives_long_problems_more_and_skips_what_cannot_fit():
     plan = TimePlan(problems, 100.0, "cpu", now=time)
     first = plan.allowance(0)
     assert 0 < first < plan.allowance(1)
-    plan.learn("naive", problems[0], 1.0)
-    assert plan.too_slow("naive", problems[0], 4, first) is None
-    assert "time limit" in plan.too_slow("naive", problems[1], 4, plan.allowance(1))
-    assert plan.too_slow("sdpa", problems[1], 4, plan.allowance(1)) is None
-    plan.learn("flex", problems[0], 1e-6)
+    plan.learn("naive", problems[0], problems[0].flops, 1.0)
+    assert plan.too_slow("naive", problems[0], problems[0].flops, 4, first) is None
+    assert "time limit" in plan.too_slow("naive", problems[1], problems[1].flops, 4, plan.allowance(1))
+    assert plan.too_slow("sdpa", problems[1], problems[1].flops, 4, plan.allowance(1)) is None
+    plan.learn("flex", problems[0], problems[0].flops, 1e-6)
     plan.learn_compilation("flex", 200.0)
-    assert "compiles too long" in plan.too_slow("flex", problems[1], 4, plan.allowance(1))
+    assert "compiles too long" in plan.too_slow("flex", problems[1], problems[1].flops, 4, plan.allowance(1))
     time.now = 100.0
-    assert plan.too_slow("sdpa", problems[1], 4, 0.0) == "the time limit is reached"
+    assert plan.too_slow("sdpa", problems[1], problems[1].flops, 4, 0.0) == "the time limit is reached"
     assert plan.allowance(1) == 0.0
-    assert TimePlan(problems, None, "cpu").too_slow("naive", problems[1], 4, 0.0) is None
+    assert TimePlan(problems, None, "cpu").too_slow("naive", problems[1], problems[1].flops, 4, 0.0) is None

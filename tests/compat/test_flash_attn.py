@@ -273,7 +273,8 @@ def test_dtypes(dtype: torch.dtype, documented: Callable[..., Any]) -> None:
     out, lse, pattern = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     assert (out.dtype, lse.dtype, pattern.dtype) == (dtype, torch.float32, dtype)
     expected = documented(q[0].double(), k[0].double(), v[0].double(), causal=True)
-    assert_close(out[0].double(), expected[0], rtol=0, atol=4 * torch.finfo(dtype).eps)
+    largest = v.abs().max().item()  # rounding of scores and of the average is relative to it
+    assert_close(out[0].double(), expected[0], rtol=0, atol=4 * torch.finfo(dtype).eps * largest)
     assert_close(lse[0].double(), expected[1], rtol=1e-5, atol=1e-5)
 
 

@@ -124,6 +124,20 @@ def test_whole_program(
     assert "bigram entropy" in capsys.readouterr().out
 
 
+def test_other_mechanisms(train_lm: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a model is not trained with the mechanism that was asked for, or is compared with naive attention."""
+    arguments = train_lm.parse_arguments(
+        ["--mechanism", "retention", "--steps", "2", "--seq-len", "9", "--device", "cpu", "--out", str(tmp_path)]
+    )
+    assert arguments.attention == "fastattn"
+    run = train_lm.train(SCRIPT.read_bytes(), arguments.attention, arguments)
+    assert (len(run["losses"]), run["backend"]) == (2, None)
+    assert train_lm.load(tmp_path / "model.pt", torch.device("cpu")).config.mechanism == "retention"
+    with pytest.raises(SystemExit):
+        train_lm.parse_arguments(["--mechanism", "gla", "--attention", "naive"])
+    assert "--mechanism gla needs --attention fastattn, got naive" in capsys.readouterr().err
+
+
 def test_short_text_is_refused(train_lm: ModuleType, tmp_path: Path) -> None:
     """Fails if a text shorter than one sequence is trained on, or ends in a traceback."""
     text = tmp_path / "text"

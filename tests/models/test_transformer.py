@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastattn.models import ATTENTION, Transformer, TransformerConfig
 from fastattn.models.transformer import apply_rotary, rotary_table
+from fastattn.nn import Mechanism, Nystrom, Performer
 
 SMALL = {"vocab_size": 29, "num_layers": 2, "num_heads": 4, "embed_dim": 64, "max_seq_len": 48}
 VARIANTS = {
@@ -151,6 +152,109 @@ def test_overfits_one_batch(attention: str) -> None:
     assert loss.item() < 0.1
 
 
+CAUSAL_MECHANISMS: list[str | Mechanism] = ["flash", Performer(32), "linear", "retention", "gla", "delta"]
+ENCODERS: list[str | Mechanism] = ["flash", Performer(32), "linear", "linformer", Nystrom(16)]
+
+
+@pytest.mark.parametrize("mechanism", CAUSAL_MECHANISMS, ids=str)
+def test_no_mechanism_sees_the_future(mechanism: str | Mechanism) -> None:
+    """Fails if a token changes an earlier logit by a single bit, or does not reach every later one."""
+    torch.manual_seed(3)
+    model = Transformer(TransformerConfig(**SMALL, num_kv_heads=2, mechanism=mechanism)).requires_grad_(False)
+    tokens_BS = draw_tokens(batch=1)
+    changed_BS = tokens_BS.clone()
+    changed_BS[0, 11] = (changed_BS[0, 11] + 1) % SMALL["vocab_size"]
+    same_S = (model(tokens_BS) == model(changed_BS)).all(dim=-1)[0]
+    assert same_S[:11].all()
+    assert not same_S[11:].any()
+
+
+@pytest.mark.parametrize("mechanism", ENCODERS, ids=str)
+def test_encoder_sees_all(mechanism: str | Mechanism) -> None:
+    """Fails if an encoder is causal, or ignores where a token stands."""
+    torch.manual_seed(3)
+    config = TransformerConfig(**SMALL, causal=False, mechanism=mechanism)
+    model = Transformer(config).double().requires_grad_(False)
+    tokens_BS = draw_tokens(batch=1)
+    tokens_BS[0, 10:12] = torch.tensor([3, 4])
+    swapped_BS = tokens_BS.clone()
+    swapped_BS[0, 10:12] = torch.tensor([4, 3])
+    changed_S = (model(tokens_BS) - model(swapped_BS)).abs().amax(-1)[0]
+    assert (changed_S > 1e-9).all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "naive"])
+def test_encoder_equals_the_others(attention: str) -> None:
+    """Fails if an encoder's attention differs between the implementations."""
+    tokens_BS = draw_tokens()
+    expected = logits_and_gradients(build("fastattn", torch.float64, causal=False), tokens_BS)
+    actual = logits_and_gradients(build(attention, torch.float64, causal=False), tokens_BS)
+    for name, value in expected.items():
+        assert (actual[name] - value).abs().max() <= 1e-10 * value.abs().max(), name
+
+
+def test_mechanisms_start_from_the_same_weights() -> None:
+    """Fails if what a mechanism adds changes the weights that all have, or layers share Performer's directions."""
+    states = {}
+    for mechanism in CAUSAL_MECHANISMS:
+        torch.manual_seed(5)
+        states[str(mechanism)] = Transformer(TransformerConfig(**SMALL, mechanism=mechanism)).state_dict()
+    for state in states.values():
+        assert all(torch.equal(state[name], tensor) for name, tensor in states["flash"].items())
+        assert all(name in states["flash"] or ".attention.mixer." in name for name in state)
+    drawn = [t for name, t in states[str(Performer(32))].items() if name.endswith("projection")]
+    assert len(drawn) == SMALL["num_layers"]
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "turned"), [("flash", True), ("retention", True), ("linear", True), ("gla", False), ("delta", False)]
+)
+def test_rotary_positions_by_mechanism(mechanism: str, turned: bool) -> None:
+    """Fails if rotary positions act where the model says that they do not, or the reverse."""
+    model = Transformer(TransformerConfig(**SMALL, mechanism=mechanism)).requires_grad_(False)
+    tokens_BS = draw_tokens()
+    logits = model(tokens_BS)
+    model.cos, model.sin = model.cos.roll(1, 0), model.sin.flip(0)
+    assert torch.equal(logits, model(tokens_BS)) != turned
+
+
+@pytest.mark.parametrize("mechanism", CAUSAL_MECHANISMS[1:], ids=str)
+def test_mechanism_learns_by_heart(mechanism: str | Mechanism) -> None:
+    """Fails if the gradients of a mechanism do not train the model (the test above says why a low loss tells)."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(**SMALL, mechanism=mechanism))
+    tokens_BS = torch.randint(SMALL["vocab_size"], (2, 33), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(45):
+        loss = model(tokens_BS[:, :-1], tokens_BS[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1.2
+
+
+@pytest.mark.parametrize("mechanism", ENCODERS, ids=str)
+def test_encoder_fills_in_masked_tokens(mechanism: str | Mechanism) -> None:
+    """Fails if gradients do not train an encoder: a hidden token is that of the rest of its row, anew in each step, and
+    nothing else tells it (a guess costs ln 28 = 3.3 nats)."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(**SMALL, causal=False, mechanism=mechanism))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    mask = SMALL["vocab_size"] - 1
+    losses = []
+    for _ in range(30):
+        tokens_BS = torch.randint(mask, (16, 1)).expand(-1, 24)
+        hidden_BS = torch.rand(tokens_BS.shape) < 0.3
+        loss = model(tokens_BS.masked_fill(hidden_BS, mask), tokens_BS.masked_fill(~hidden_BS, -100))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 3
+    assert losses[-1] < 1.6
+
+
 def test_rotary_depends_on_distance_alone() -> None:
     """Fails if rotated products depend on absolute positions, not on distance, or if a rotation changes length."""
     cos, sin = rotary_table(40, 16)
@@ -196,6 +300,13 @@ def test_model_knows_order_but_not_place(attention: str) -> None:
         ({"embed_dim": 60}, "embed_dim must be a multiple of 2 \\* num_heads = 8 .*got 60"),
         ({"num_kv_heads": 3}, "num_heads=4 and num_kv_heads=3"),
         ({"attention": "flash"}, "one of \\['fastattn', 'naive', 'sdpa'\\], got 'flash'"),
+        ({"mechanism": "softmax"}, "mechanism must be one of flash, performer, .*got 'softmax'"),
+        ({"mechanism": "linformer"}, "causal must be False with Linformer attention, got True"),
+        ({"mechanism": "nystrom"}, "causal must be False with Nystrom attention, got True"),
+        ({"mechanism": "gla", "causal": False}, "must be True with gla, got False"),
+        ({"mechanism": "gla", "attention": "sdpa"}, "attention must be 'fastattn' with mechanism 'gla', got 'sdpa'"),
+        ({"mechanism": "linear", "window": 3}, "window must be None but for causal attention .*got 3"),
+        ({"causal": False, "window": 3}, "window must be None but for causal attention .*got 3"),
     ],
 )
 def test_config_errors(config: dict[str, Any], message: str) -> None:

@@ -327,6 +327,18 @@ def test_compiles_in_one_graph(options: dict[str, Any], twins) -> None:
         assert (a is None and b is None) or (assert_close(a, b) is None)
 
 
+def test_compiles_with_lengths_and_masks_that_vary(twins) -> None:
+    """Fails if code compiled for any length takes a mask's sizes, equal to the inputs', for others."""
+    torch._dynamo.reset()
+    _, ours = twins(EMBED, HEADS, batch_first=True, dtype=torch.float32)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    for length, masked in ((4, False), (5, False), (6, True), (7, True)):
+        x = torch.randn(length - 2, length, EMBED)
+        options = {"key_padding_mask": torch.arange(length).expand(length - 2, -1) > 2} if masked else {}
+        found, expected = (layer(x, x, x, need_weights=False, **options)[0] for layer in (compiled, ours))
+        assert_close(found, expected)
+
+
 def test_autocast(twins) -> None:
     """Fails if results are not in autocast's dtype, if a float32 mask or a learned key breaks them, if their error is
     more than twice torch's under autocast, or if the weights' scores are rounded to bfloat16."""

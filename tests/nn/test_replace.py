@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fastattn
-from fastattn.nn import MultiheadAttention, replace_attention, restore_attention
+from fastattn.nn import (
+    GLA,
+    Linformer,
+    LinformerProjection,
+    Mechanism,
+    MultiheadAttention,
+    Nystrom,
+    Performer,
+    replace_attention,
+    restore_attention,
+)
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 BATCH, LENGTH, EMBED, HEADS = 3, 6, 8, 2
@@ -267,3 +277,80 @@ def test_unknown_backend_changes_nothing() -> None:
     with pytest.raises(ValueError, match="nonesuch"):
         replace_attention(model, backend="nonesuch")
     assert all(type(layer.self_attn) is nn.MultiheadAttention for layer in model.layers)
+    with pytest.raises(ValueError, match=r"mechanism must be one of flash.*got 'nonesuch'"):
+        replace_attention(model, mechanism="nonesuch")
+    assert all(type(layer.self_attn) is nn.MultiheadAttention for layer in model.layers)
+
+
+@pytest.mark.parametrize(
+    "mechanism", ["linear", Performer(16), Nystrom(2), Linformer(LENGTH, 3), GLA(gate_rank=2)], ids=str
+)
+def test_other_mechanisms_in_an_encoder(mechanism: str | Mechanism) -> None:
+    """In training, and at inference where torch nests padded sequences. Fails if a layer computes something else than
+    one constructed with that mechanism and those weights, padding changes a sequence, or restoring leaves a trace."""
+    model = _encoder()
+    x = torch.randn(BATCH, LENGTH, EMBED, dtype=torch.float64)
+    expected, names = model(x), list(model.state_dict())
+    report = replace_attention(model, mechanism=mechanism)
+    assert len(report.names("replaced")) == 2
+    causal = isinstance(mechanism, GLA)
+    options = {"mask": CAUSAL if causal else None, "src_key_padding_mask": LEFT_ALIGNED}
+    for layer in (encoder_layer.self_attn for encoder_layer in model.layers):
+        alike = MultiheadAttention(EMBED, HEADS, batch_first=True, dtype=torch.float64, mechanism=mechanism)
+        alike.load_state_dict(layer.state_dict())
+        a, b = (m(x, x, x, need_weights=False, is_causal=causal)[0] for m in (layer, alike))
+        assert torch.equal(a, b)
+
+    trained = model.train()(x, **options)
+    trained.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0 or "in_proj_bias" in name, name
+    with torch.no_grad():
+        found = model.eval()(x, **options)
+        alone = model(x[1:2, :4], mask=None if options["mask"] is None else CAUSAL[:4, :4])
+    assert_close(found[~LEFT_ALIGNED], trained[~LEFT_ALIGNED], **EXACT)
+    assert_close(found[1, :4], alone[0], **EXACT)
+
+    restore_attention(model)
+    assert list(model.state_dict()) == names
+    assert_close(model.train()(x), expected, **EXACT)
+
+
+def test_report_and_dropout_with_another_mechanism() -> None:
+    """Fails if a layer that the mechanism cannot be put in is replaced, the report does not say what it did, or a model
+    with dropout trains without a word."""
+    model = nn.ModuleList(
+        [nn.MultiheadAttention(EMBED, HEADS, 0.1), nn.MultiheadAttention(EMBED, HEADS, add_zero_attn=True)]
+    )
+    first, second = replace_attention(model, mechanism=Performer(8, seed=1))
+    assert (first.status, second.status) == ("replaced", "skipped")
+    assert first.reason.startswith("mechanism=Performer(num_features=8, ")
+    assert first.reason.endswith("seed=1), backend=None; set its dropout to 0.0 to train")
+    assert "add_zero_attn have no meaning with performer" in second.reason
+    x = torch.randn(LENGTH, BATCH, EMBED)
+    with pytest.raises(ValueError, match=r"dropout must be off with performer.*got 0\.1 in training"):
+        model[0](x, x, x, need_weights=False)
+    model[0].dropout = 0.0
+    model[0](x, x, x, need_weights=False)
+    assert "already fastattn's, mechanism=Performer" in replace_attention(model, mechanism="gla")[0].reason
+
+
+def test_one_projection_for_all_layers() -> None:
+    """Layer-wise sharing. Fails if replaced layers hold copies of the projection."""
+    model = _encoder()
+    projection = LinformerProjection(LENGTH, 3, dtype=torch.float64)
+    replace_attention(model, mechanism=Linformer(projection=projection))
+    assert all(layer.self_attn.mixer.projection is projection for layer in model.layers)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_mechanism_takes_the_layers_device_and_dtype(device: str) -> None:
+    """Fails if what a mechanism adds is on another device, of another dtype or in another mode than its layer."""
+    layer = nn.MultiheadAttention(EMBED, HEADS, device=device, dtype=torch.bfloat16).eval()
+    for mechanism in ("performer", "gla", "delta"):
+        replace_attention(layer, mechanism=mechanism)
+        tensors = [*layer.mixer.parameters(), *layer.mixer.buffers()]
+        assert {(t.device.type, t.dtype) for t in tensors} == {(device, torch.bfloat16)}
+        assert not layer.mixer.training
+        restore_attention(layer)
