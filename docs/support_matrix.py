@@ -12,14 +12,14 @@ from pathlib import Path
 from fastattn import ledger
 from fastattn.backends import FAMILIES, FEATURES, capabilities
 
-# Every kernel that csrc/CMakeLists.txt can build, and Triton's, with what they need.
+# Every kernel that csrc/CMakeLists.txt can build of a family, and Triton's, with what they need.
 KERNELS = {
-    "dense/cpu/v4_bf16": "x86-64-v4 with avx512_bf16 (bfloat16 only; other dtypes as v4)",
-    "dense/cpu/v4": "x86-64-v4 (AVX-512)",
-    "dense/cpu/v3": "x86-64-v3 (AVX2)",
-    "dense/cpu/baseline": "any x86-64",
-    "dense/cpu/neon": "aarch64",
-    "dense/triton": "a GPU that Triton reaches (NVIDIA sm_80 or newer)",
+    "cpu/v4_bf16": "x86-64-v4 with avx512_bf16 (bfloat16 only; other dtypes as v4)",
+    "cpu/v4": "x86-64-v4 (AVX-512)",
+    "cpu/v3": "x86-64-v3 (AVX2)",
+    "cpu/baseline": "any x86-64",
+    "cpu/neon": "aarch64",
+    "triton": "a GPU that Triton reaches (NVIDIA sm_80 or newer)",
 }
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->\n"
@@ -31,7 +31,8 @@ def table(family: str) -> str:
     rows.append(("devices", [", ".join(sorted(b.devices)) or "any" for b in backends]))
     rows.append(("dtypes", [b.dtype_names() for b in backends]))
     rows.append(("head_dim", [b.head_dims() for b in backends]))
-    rows += [(text, ["yes" if name in b.features else "no" for b in backends]) for name, text in FEATURES.items()]
+    for name, text in FEATURES[family].items():
+        rows.append((text, ["yes" if name in b.features else "no" for b in backends]))
     lines = ["| " + " | ".join([label, *cells]) + " |" for label, cells in rows]
     lines.insert(1, "|" + " --- |" * (len(backends) + 1))
     return "\n".join(lines) + "\n"
@@ -40,7 +41,7 @@ def table(family: str) -> str:
 def hardware() -> str:
     """Which kernels the ledger holds a passing record of."""
     lines = ["| kernel | needs | verified on |", "| --- | --- | --- |"]
-    for kernel, needs in KERNELS.items():
+    for kernel, needs in ((f"{family}/{name}", needs) for family in FAMILIES for name, needs in KERNELS.items()):
         records = [record for record in ledger.load_records() if kernel in record["kernels"]]
         devices = ", ".join(sorted(f"{r['device']['name']} ({r['recorded'][:10]})" for r in records))
         lines.append(f"| `{kernel}` | {needs} | {devices or 'not verified on hardware'} |")
