@@ -228,6 +228,11 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("dropout_p", &DenseParams::dropout_p)
       .def_readwrite("align_ends", &DenseParams::align_ends)
       .def_readwrite("threads", &DenseParams::threads);
+  def_view<&DenseParams::mask_rows>(params, "mask_rows");
+  def_view<&DenseParams::mask_columns>(params, "mask_columns");
+  def_array<&DenseParams::mask_row_blocks>(params, "mask_row_blocks");
+  def_array<&DenseParams::mask_column_blocks>(params, "mask_column_blocks");
+  def_array<&DenseParams::mask_tiles>(params, "mask_tiles");
   def_array<&DenseParams::scratch>(params, "scratch");
   def_view<&DenseParams::query>(params, "query");
   def_view<&DenseParams::key>(params, "key");

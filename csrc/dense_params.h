@@ -44,6 +44,11 @@ struct DenseParams {
   View attn_mask;  // (B, Hq, Sq, Sk); bool keeps where true, float is added to the scores
   Dtype mask_dtype = Dtype::kBool;
 
+  // A block mask in blocks of 64 x 64, beside attn_mask: fastattn/blockmask/lists.py says what the arrays hold.
+  View mask_rows, mask_columns;  // (B, Hq, blocks, 4) int32
+  const int32_t *mask_row_blocks = nullptr, *mask_column_blocks = nullptr;
+  const uint64_t* mask_tiles = nullptr;  // [tile][query], bit j is key j
+
   const int32_t* query_start = nullptr;  // (B,)
   const int32_t* key_start = nullptr;    // (B,)
   const int32_t* key_lengths = nullptr;  // (B,)

@@ -49,6 +49,7 @@ FEATURES = {
         "paged": "paged KV cache (attention_with_kvcache)",
         "bool_mask": "bool attn_mask",
         "float_bias": "float attn_mask",
+        "block_mask": "BlockMask as attn_mask",
         "bias_grad": "gradient of attn_mask",
         "lse_grad": "gradient through the LSE",
         "gqa": "grouped-query heads",

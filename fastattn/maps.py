@@ -61,6 +61,7 @@ class Call:
         p = reference.gathered(p)
         one = slice(index, index + 1)
         names = ("query", "key", "value", "attn_mask", "alibi_slopes", "query_start", "key_start", "key_lengths")
+        names += ("mask_rows", "mask_columns")
         tensors = {name: getattr(p, name) for name in names}
         own = {name: t[one] for name, t in tensors.items() if t is not None and t.shape[0] > 1}
         return Call(replace(p, **own), self.lse[one])

@@ -12,8 +12,12 @@
 // turn it is: blocks add to it in ascending order. That makes the sum the same on any number of threads, and no thread
 // waits long, since blocks are handed out in the same order. Sums over heads (broadcast bias, query heads of one group)
 // have their fixed order from the waves.
+//
+// With a block mask, tiles are its blocks of rows and blocks its panels of keys. A panel walks its list of tiles, and the
+// list says whose turn it is there: the order in which panels are handed out, so no thread waits for one not yet begun.
 #pragma once
 
+#include "blocks.h"
 #include "gemm.h"
 #include "pack.h"
 #include "scores.h"
@@ -29,11 +33,11 @@ class Backward {
   typedef Simd<Real> Reals;
   typedef typename A::RealVec RealVec;
   static constexpr int kLanes = Reals::kLanes;
-  static constexpr int kTile = 96;   // query rows; a multiple of 6 and of 2
-  static constexpr int kBlock = 128;  // keys of one work item
-  static constexpr int kBlockPanels = kBlock / kPanelKeys;
+  static constexpr int kTile = 96;   // most query rows, and most places of them, a multiple of 6 and of 2
+  static constexpr int kBlock = 128;  // most keys of one work item
 
-  // What a wave keeps of one query head. With one number per element, staged rows serve as row panels too.
+  // What a wave keeps of one query head, its rows in their places (`place`). With one number per element, staged rows
+  // serve as row panels too.
   struct Head {
     Elem *query, *grad_out;            // staged [rows_][ld]
     Elem *query_rows, *grad_out_rows;  // row panels [rows_ / kPack][columns]
@@ -41,7 +45,7 @@ class Backward {
     Real *lse2, *lse2_rest;            // [rows_], together lse log2(e): its rounding would be an error of all p of a row
     Real* delta;                       // [rows_]
     Real *grad_key, *grad_value;       // [keys_][columns], between the query heads of a group
-    int32_t* turn;                     // [tiles_], the block of keys that may add to the tile's dq
+    int32_t* turn;                     // [tiles_], the block of keys that may add to the tile's dq, or its turn
     int32_t *tiles_packed, *blocks_done;
 
     Head(Carver& c, const Backward& f) {
@@ -53,7 +57,7 @@ class Backward {
       lse2 = c.take<Real>(f.rows_);
       lse2_rest = c.take<Real>(f.rows_);
       delta = c.take<Real>(f.rows_);
-      const int64_t kept_keys = f.group_ > 1 ? f.blocks_ * kBlock : 0;
+      const int64_t kept_keys = f.group_ > 1 ? f.blocks_ * f.block_ : 0;
       grad_key = c.take<Real>(kept_keys * f.columns_);
       grad_value = c.take<Real>(kept_keys * f.columns_v_);
       turn = c.take<int32_t>(f.tiles_);
@@ -99,8 +103,10 @@ class Backward {
   explicit Backward(const DenseParams& p)
       : p_(p), steps_qk_(div_up(p.head_dim, A::kPack)), steps_v_(div_up(p.head_dim_v, A::kPack)),
         columns_(round_up(p.head_dim, kLanes)), columns_v_(round_up(p.head_dim_v, kLanes)),
-        query_ld_(A::kPack == 1 ? columns_ : steps_qk_), value_ld_(A::kPack == 1 ? columns_v_ : steps_v_),
-        rows_(round_up(p.seqlen_q, kTileRows)), tiles_(div_up(p.seqlen_q, kTile)), blocks_(div_up(p.seqlen_k, kBlock)),
+        query_ld_(A::kPack == 1 ? columns_ : steps_qk_), value_ld_(A::kPack == 1 ? columns_v_ : steps_v_), mask_(p),
+        tile_(mask_.active() ? kMaskRows : kTile), places_(round_up(tile_, kTileRows)),
+        block_(mask_.active() ? kPanelKeys : kBlock), tiles_(div_up(p.seqlen_q, tile_)),
+        rows_(p.seqlen_q ? round_up(place(p.seqlen_q - 1) + 1, kTileRows) : 0), blocks_(div_up(p.seqlen_k, block_)),
         group_(group_size(p)), threads_(useful_threads(p)), negative_(p.scale < 0),
         row_bias_(p.grad_mask.data && p.grad_mask.stride[3] == 0), scale_(Real(p.scale)),
         magnitude_(Real(negative_ ? -p.scale : p.scale)), scores_(p), dropout_(p) {}
@@ -140,7 +146,9 @@ class Backward {
             const int64_t unit = (item - packs) % count;
             const Head head = head_of(unit);
             wait_until(head.tiles_packed, int32_t(tiles_));
-            key_block(head, block_of(rank), batch_of(unit), kv_head_of(unit), member, (item - packs) / count);
+            const int64_t nth = (item - packs) / count;
+            key_block(head, block_of(rank), batch_of(unit), kv_head_of(unit), member,
+                      mask_.active() ? mask_.nth_panel(batch_of(unit), query_head_of(unit), nth) : nth);
             add_one(head.blocks_done);
           } else {
             const int64_t unit = (item - packs - blocks) / tiles_;
@@ -162,9 +170,12 @@ class Backward {
     return Layout::of<Head, Block>(*this, p_.batch * p_.heads_kv, threads_, shared_bias);
   }
 
-  static Range tile_rows(const Interval& interval, int64_t tile) {
-    return intersect(interval.rows(), {tile * kTile, (tile + 1) * kTile});
+  Range tile_rows(const Interval& interval, int64_t tile) const {
+    return intersect(interval.rows(), {tile * tile_, (tile + 1) * tile_});
   }
+
+  // Where row i is kept: tiles start at whole groups of six.
+  int64_t place(int64_t i) const { return i / tile_ * places_ + i % tile_; }
 
   // Rows that see no key, or whose lse says that a bias hid all of them, take no part in anything.
   bool is_live(const Interval& interval, int64_t b, int64_t h, int64_t i) const {
@@ -177,29 +188,29 @@ class Backward {
     const Rows query(p_.query, p_.dtype, b, h, p_.head_dim);
     const Rows grad_out(p_.grad_out, p_.dtype, b, h, p_.head_dim_v);
     row_deltas(head, t, b, h, rows);
-    int64_t i = rows.begin;
-    for (; i < rows.end; i += kTileRows) {
+    int64_t i = rows.begin, to = place(i);
+    for (; i < rows.end; i += kTileRows, to += kTileRows) {
       bool live[kTileRows];
       for (int m = 0; m < kTileRows; ++m) {
         const int64_t r = i + m;
         live[m] = r < rows.end && is_live(interval, b, h, r);
         const double lse2 = live[m] ? double(at<Real>(p_.lse, b, h, r)) * kLog2E : infinity<double>();
-        head.lse2[r] = Real(lse2);
-        head.lse2_rest[r] = live[m] ? Real(lse2 - double(head.lse2[r])) : Real(0);
-        if (r >= rows.end || at<Real>(p_.lse, b, h, r) == -infinity<Real>()) head.delta[r] = 0;
+        head.lse2[to + m] = Real(lse2);
+        head.lse2_rest[to + m] = live[m] ? Real(lse2 - double(head.lse2[to + m])) : Real(0);
+        if (r >= rows.end || at<Real>(p_.lse, b, h, r) == -infinity<Real>()) head.delta[to + m] = 0;
       }
       for (int m = 0; m < kTileRows; m += 2) {
         const Range pair{i + m + !live[m], i + m + 1 + live[m + 1]};
-        stage_rows<A>(head.query + (i + m) * query_ld_, query_ld_, query, i + m, 2, pair, negative_);
-        stage_rows<A>(head.grad_out + (i + m) * value_ld_, value_ld_, grad_out, i + m, 2, pair);
+        stage_rows<A>(head.query + (to + m) * query_ld_, query_ld_, query, i + m, 2, pair, negative_);
+        stage_rows<A>(head.grad_out + (to + m) * value_ld_, value_ld_, grad_out, i + m, 2, pair);
         if constexpr (A::kPack > 1) {
-          pack_rows<A>(head.query_rows + (i + m) / A::kPack * columns_, columns_, query, i + m, 2, pair, negative_);
-          pack_rows<A>(head.grad_out_rows + (i + m) / A::kPack * columns_v_, columns_v_, grad_out, i + m, 2, pair);
+          pack_rows<A>(head.query_rows + (to + m) / A::kPack * columns_, columns_, query, i + m, 2, pair, negative_);
+          pack_rows<A>(head.grad_out_rows + (to + m) / A::kPack * columns_v_, columns_v_, grad_out, i + m, 2, pair);
         }
       }
     }
-    __builtin_memset(head.grad_query + rows.begin * columns_, 0, size_t((i - rows.begin) * columns_) * sizeof(Real));
-    head.turn[tile] = int32_t(interval.keys(rows).begin / kBlock);
+    __builtin_memset(head.grad_query + tile * places_ * columns_, 0, size_t((i - rows.begin) * columns_) * sizeof(Real));
+    head.turn[tile] = mask_.active() ? 0 : int32_t(interval.keys(rows).begin / block_);
   }
 
   // A vector holds the sums of as many rows, so that each is summed in the order of the tile product: then
@@ -225,42 +236,45 @@ class Backward {
         for (int m = 0; m < kLanes; ++m) sum = sum + grad[m] * out[m];
       }
       for (int64_t m = 0; m < count; ++m)
-        head.delta[first + m] = sum[m] - (p_.grad_lse.data ? at<Real>(p_.grad_lse, b, h, first + m) : Real(0));
+        head.delta[place(first) + m] = sum[m] - (p_.grad_lse.data ? at<Real>(p_.grad_lse, b, h, first + m) : Real(0));
     }
   }
 
   void key_block(const Head& head, const Block& t, int64_t b, int64_t h, int64_t member, int64_t block) const {
     const Interval interval(p_, b);
-    const Range keys{block * kBlock, min64((block + 1) * kBlock, rows_of(p_.key, b, p_.seqlen_k))};
+    const Range keys{block * block_, min64((block + 1) * block_, rows_of(p_.key, b, p_.seqlen_k))};
     const Range rows = interval.rows(keys);
     const int64_t query_head = h * group_ + member;
 
+    const auto tile_against_block = [&](int64_t tile, int32_t turn, int32_t bits) {
+      bool our_turn = false;
+      for (int64_t n = 0; n < block_; n += kPanelKeys) {
+        const Range panel{keys.begin + n, min64(keys.begin + n + kPanelKeys, keys.end)};
+        const Range seeing = intersect(interval.rows(panel), tile_rows(interval, tile));
+        if (panel.empty() || seeing.empty()) continue;
+        const int64_t first = tile * tile_;
+        const Range groups{(seeing.begin - first) / kTileRows * kTileRows, round_up(seeing.end - first, kTileRows)};
+        panel_scores(head, t, interval, b, query_head, tile, groups, panel, n, bits);
+        panel_grad_keys(head, t, tile, groups, n);
+        if (!our_turn) wait_until(&head.turn[tile], turn);
+        our_turn = true;
+        panel_grad_query(head, t, tile, groups, n);
+        if (p_.grad_mask.data && !row_bias_)
+          add_grad_bias(t, interval, b, query_head, seeing, first + groups.begin, panel);
+      }
+      if (!our_turn) wait_until(&head.turn[tile], turn);
+      __atomic_store_n(&head.turn[tile], turn + 1, __ATOMIC_RELEASE);
+    };
+
     start_sum(t.grad_key, head.grad_key + (member ? keys.begin * columns_ : 0), columns_, member);
     start_sum(t.grad_value, head.grad_value + (member ? keys.begin * columns_v_ : 0), columns_v_, member);
-    if (!rows.empty()) {
-      const Range live = interval.all_keys();
-      const Rows key(p_.key, p_.dtype, b, h, p_.head_dim), value(p_.value, p_.dtype, b, h, p_.head_dim_v);
-      pack_rows<A>(t.key_rows, columns_, key, keys.begin, kBlock, live);
-      for (int64_t n = 0; n < kBlock; n += kPanelKeys) {
-        pack_transposed<A>(t.key_turned + n * steps_qk_, key, keys.begin + n, live, t.staging);
-        pack_transposed<A>(t.value_turned + n * steps_v_, value, keys.begin + n, live, t.staging);
-      }
-      for (int64_t tile = rows.begin / kTile; tile * kTile < rows.end; ++tile) {
-        bool our_turn = false;
-        for (int64_t n = 0; n < kBlock; n += kPanelKeys) {
-          const Range panel{keys.begin + n, min64(keys.begin + n + kPanelKeys, keys.end)};
-          const Range seeing = intersect(interval.rows(panel), tile_rows(interval, tile));
-          if (panel.empty() || seeing.empty()) continue;
-          const Range groups{seeing.begin / kTileRows * kTileRows, round_up(seeing.end, kTileRows)};
-          panel_scores(head, t, interval, b, query_head, groups, panel, n);
-          panel_grad_keys(head, t, groups, n);
-          if (!our_turn) wait_until(&head.turn[tile], int32_t(block));
-          our_turn = true;
-          panel_grad_query(head, t, groups, n);
-          if (p_.grad_mask.data && !row_bias_) add_grad_bias(t, interval, b, query_head, seeing, groups.begin, panel);
-        }
-        __atomic_store_n(&head.turn[tile], int32_t(block) + 1, __ATOMIC_RELEASE);
-      }
+    if (!rows.empty()) pack_keys(t, b, h, query_head, keys.begin, interval.all_keys());
+    if (mask_.active()) {
+      const BlockLine line = mask_.panel_line(b, query_head, block);
+      for (int64_t n = 0; n < line.count; ++n) tile_against_block(line.block(n), line.turn(n), line.tile(n));
+    } else if (!rows.empty()) {
+      for (int64_t tile = rows.begin / tile_; tile * tile_ < rows.end; ++tile)
+        tile_against_block(tile, int32_t(block), kFullBlock);
     }
     if (member + 1 < group_) {
       keep_sum(head.grad_key + keys.begin * columns_, t.grad_key, columns_);
@@ -275,24 +289,43 @@ class Backward {
     }
   }
 
-  static void start_sum(Real* sum, const Real* kept, int64_t columns, bool resume) {
-    for (int64_t i = 0; i < kBlock * columns; ++i) sum[i] = resume ? kept[i] : Real(0);
-  }
-  static void keep_sum(Real* kept, const Real* sum, int64_t columns) {
-    for (int64_t i = 0; i < kBlock * columns; ++i) kept[i] = sum[i];
+  void pack_keys(const Block& t, int64_t b, int64_t h, int64_t query_head, int64_t first, Range live) const {
+    const Rows key(p_.key, p_.dtype, b, h, p_.head_dim), value(p_.value, p_.dtype, b, h, p_.head_dim_v);
+    pack_rows<A>(t.key_rows, columns_, key, first, block_, live);
+    for (int64_t n = 0; n < block_; n += kPanelKeys) {
+      pack_transposed<A>(t.key_turned + n * steps_qk_, key, first + n, live, t.staging);
+      pack_transposed<A>(t.value_turned + n * steps_v_, value, first + n, live, t.staging);
+    }
+    if (!mask_.active()) return;
+    const uint64_t seen = mask_.live_keys(b, query_head, first / kPanelKeys);
+    clear_rows<A>(t.key_rows, columns_, seen);
+    clear_transposed<A>(t.key_turned, steps_qk_, seen);
+    clear_transposed<A>(t.value_turned, steps_v_, seen);
   }
 
-  // p and ds of the rows in `groups` (whole groups of six) against the 64 keys of one panel.
-  void panel_scores(const Head& head, const Block& t, const Interval& interval, int64_t b, int64_t h, Range groups,
-                    Range panel, int64_t n) const {
-    row_groups(groups, head.query, query_ld_, steps_qk_, t.key_turned + n * steps_qk_, t.scores);
-    row_groups(groups, head.grad_out, value_ld_, steps_v_, t.value_turned + n * steps_v_, t.grad_probs);
+  void start_sum(Real* sum, const Real* kept, int64_t columns, bool resume) const {
+    for (int64_t i = 0; i < block_ * columns; ++i) sum[i] = resume ? kept[i] : Real(0);
+  }
+  void keep_sum(Real* kept, const Real* sum, int64_t columns) const {
+    for (int64_t i = 0; i < block_ * columns; ++i) kept[i] = sum[i];
+  }
+
+  // p and ds of a tile's rows in `groups`, whole groups of six counted from the tile's first, against the 64 keys of one
+  // panel.
+  void panel_scores(const Head& head, const Block& t, const Interval& interval, int64_t b, int64_t h, int64_t tile,
+                    Range groups, Range panel, int64_t n, int32_t bits) const {
+    const int64_t base = tile * places_;
+    row_groups(groups, head.query + base * query_ld_, query_ld_, steps_qk_, t.key_turned + n * steps_qk_, t.scores);
+    row_groups(groups, head.grad_out + base * value_ld_, value_ld_, steps_v_, t.value_turned + n * steps_v_,
+               t.grad_probs);
+    const int64_t last = tile_rows(interval, tile).end - 1;
     for (int64_t i = groups.begin; i < groups.end; ++i) {
       const int64_t at = (i - groups.begin) * kPanelKeys;
-      const int64_t row = min64(i, interval.rows().end - 1);  // past the last one anything finite will do: there p is 0
+      const int64_t row = min64(tile * tile_ + i, last);  // past the last one anything finite will do: there p is 0
       scores_.shape(t.scores + at, t.bias, scores_.capped() ? t.derivative + at : nullptr, b, h, row,
                     interval.position(row), panel.begin, kPanelKeys);
       hide_outside(t.scores + at, panel.begin, kPanelKeys, interval.keys(row));
+      if (bits != kFullBlock) hide_unset(t.scores + at, mask_.bits(bits, row - tile * tile_));
       if (dropout_.active()) {
         dropout_.draw(t.words, b, h, row, panel.begin, kPanelKeys);
         const RealVec factor = Reals::broadcast(Real(dropout_.scale()));
@@ -301,7 +334,7 @@ class Backward {
       }
     }
     for (int64_t i = groups.begin; i < groups.end; i += 2)
-      row_pair_gradients(head, t, i, (i - groups.begin) * kPanelKeys);
+      row_pair_gradients(head, t, base + i, (i - groups.begin) * kPanelKeys);
   }
 
   // One product after the other: a panel of 64 keys stays in L1 while the groups of rows pass.
@@ -351,10 +384,10 @@ class Backward {
   }
 
   // dv += p^T do and dk += ds^T q for the panel's 64 keys: ten groups of six and one of four.
-  void panel_grad_keys(const Head& head, const Block& t, Range groups, int64_t n) const {
-    const int64_t steps = (groups.end - groups.begin) / A::kPack;
-    const Elem* grad_out = head.grad_out_rows + groups.begin / A::kPack * columns_v_;
-    const Elem* query = head.query_rows + groups.begin / A::kPack * columns_;
+  void panel_grad_keys(const Head& head, const Block& t, int64_t tile, Range groups, int64_t n) const {
+    const int64_t steps = (groups.end - groups.begin) / A::kPack, base = tile * places_ + groups.begin;
+    const Elem* grad_out = head.grad_out_rows + base / A::kPack * columns_v_;
+    const Elem* query = head.query_rows + base / A::kPack * columns_;
     accumulate_keys(t.grad_value + n * columns_v_, columns_v_, steps, t.probs, grad_out);
     accumulate_keys(t.grad_key + n * columns_, columns_, steps, t.grad_scores_turned, query);
   }
@@ -369,12 +402,12 @@ class Backward {
                                      columns);
   }
 
-  void panel_grad_query(const Head& head, const Block& t, Range groups, int64_t n) const {
+  void panel_grad_query(const Head& head, const Block& t, int64_t tile, Range groups, int64_t n) const {
     constexpr int steps = kPanelKeys / A::kPack;
     const Elem* keys = t.key_rows + n / A::kPack * columns_;
     for (int64_t i = groups.begin; i < groups.end; i += kTileRows)
       row_product<A, kTileRows, false, true>(columns_, steps, t.grad_scores + (i - groups.begin) * steps, steps, keys,
-                                             columns_, head.grad_query + i * columns_, columns_);
+                                             columns_, head.grad_query + (tile * places_ + i) * columns_, columns_);
   }
 
   void add_grad_bias(const Block& t, const Interval& interval, int64_t b, int64_t h, Range seeing, int64_t first_row,
@@ -398,10 +431,10 @@ class Backward {
       if (lse == -infinity<Real>()) continue;
       Real share = 0;
       if (p_.sinks.data) share = Real(__builtin_exp2((double(at<Real>(p_.sinks, 0, h)) - double(lse)) * kLog2E));
-      sum += share * head.delta[i];
+      sum += share * head.delta[place(i)];
       if (row_bias_ && is_live(interval, b, h, i))
         at<Real>(p_.grad_mask, b, h, i) +=
-            (p_.grad_lse.data ? at<Real>(p_.grad_lse, b, h, i) : Real(0)) + share * head.delta[i];
+            (p_.grad_lse.data ? at<Real>(p_.grad_lse, b, h, i) : Real(0)) + share * head.delta[place(i)];
     }
     if (p_.grad_sinks.data) at<Real>(p_.grad_sinks, 0, h) -= sum;
   }
@@ -409,13 +442,14 @@ class Backward {
   void write_query(const Head& head, int64_t b, int64_t h, int64_t tile) const {
     const Range rows = tile_rows(Interval(p_, b), tile);
     for (int64_t i = rows.begin; i < rows.end; ++i)
-      write_row(mutable_element(p_.grad_query, p_.dtype, b, h, i), p_.dtype, head.grad_query + i * columns_, scale_,
-                p_.head_dim);
+      write_row(mutable_element(p_.grad_query, p_.dtype, b, h, i), p_.dtype, head.grad_query + place(i) * columns_,
+                scale_, p_.head_dim);
   }
 
   const DenseParams& p_;
   const int64_t steps_qk_, steps_v_, columns_, columns_v_, query_ld_, value_ld_;
-  const int64_t rows_, tiles_, blocks_, group_;
+  const Blocks mask_;
+  const int64_t tile_, places_, block_, tiles_, rows_, blocks_, group_;
   const int threads_;
   const bool negative_, row_bias_;
   const Real scale_, magnitude_;

@@ -58,7 +58,10 @@ class Decode {
 
  public:
   // Whether there are few queries. Heads of a group add up: Forward would give each a tile of six rows to itself.
-  static bool suits(const DenseParams& p) { return p.seqlen_q <= 16 && group_size(p) * p.seqlen_q <= 128; }
+  // A block mask leaves keys out that Forward then does not read.
+  static bool suits(const DenseParams& p) {
+    return !p.mask_rows.data && p.seqlen_q <= 16 && group_size(p) * p.seqlen_q <= 128;
+  }
 
   explicit Decode(const DenseParams& p)
       : p_(p), columns_(round_up(p.head_dim, kLanes)), columns_v_(round_up(p.head_dim_v, kLanes)),

@@ -11,8 +11,10 @@
 // not see are skipped; a row's own limits are written over its scores as -inf. A row that saw nothing has l = 0: its
 // output is 0, its lse -inf.
 // Blocks of keys start at multiples of their size for every row, so a row's result does not depend on its tile.
+// With a block mask a tile is one of its blocks of rows, and takes the panels of its list, eight at a time, in their order.
 #pragma once
 
+#include "blocks.h"
 #include "gemm.h"
 #include "pack.h"
 #include "softmax.h"
@@ -30,6 +32,7 @@ class Forward {
   static constexpr int kLanes = Reals::kLanes;
   static constexpr int kTile = 192;   // most query rows that share one pass over the keys, while these are in L2
   static constexpr int kBlock = 512;  // keys between two updates of the running softmax: six rows of scores fit L1
+  static constexpr int kBlockPanels = kBlock / kPanelKeys;
 
   // What a wave keeps of one kv head.
   struct Head {
@@ -64,9 +67,9 @@ class Forward {
  public:
   explicit Forward(const DenseParams& p)
       : p_(p), steps_qk_(div_up(p.head_dim, A::kPack)), columns_v_(round_up(p.head_dim_v, kLanes)),
-        panels_(div_up(p.seqlen_k, kPanelKeys)), group_(group_size(p)), threads_(useful_threads(p)),
-        tile_(tile_size(p, threads_)), tiles_(div_up(p.seqlen_q, tile_)), negative_(p.scale < 0),
-        scores_(p), dropout_(p) {}
+        panels_(div_up(p.seqlen_k, kPanelKeys)), group_(group_size(p)), threads_(useful_threads(p)), blocks_(p),
+        tile_(blocks_.active() ? kMaskRows : tile_size(p, threads_)), tiles_(div_up(p.seqlen_q, tile_)),
+        negative_(p.scale < 0), scores_(p), dropout_(p) {}
 
   int64_t scratch_bytes() const { return layout().bytes(); }
 
@@ -95,14 +98,14 @@ class Forward {
           return;
         }
         const int64_t unit = (item - packs) / (group_ * tiles_), index = first + unit;
-        const int64_t member = (item - packs) / tiles_ % group_;
-        // The last rows see most under a causal limit: longest first.
-        const int64_t i = (tiles_ - 1 - (item - packs) % tiles_) * tile_;
+        const int64_t b = index / p_.heads_kv, nth = (item - packs) % tiles_;
+        const int64_t h = index % p_.heads_kv * group_ + (item - packs) / tiles_ % group_;
         const Head head = head_of(unit);
         wait_until(head.packed, int32_t(panels_));
-        const int64_t b = index / p_.heads_kv;
+        // Longest first: the last rows see most under a causal limit.
+        const int64_t i = (blocks_.active() ? blocks_.nth_row(b, h, nth) : tiles_ - 1 - nth) * tile_;
         const Range rows = intersect(Interval(p_, b).rows(), {i, i + tile_});
-        if (!rows.empty()) attend(tile, b, index % p_.heads_kv * group_ + member, rows, head.keys, head.values);
+        if (!rows.empty()) attend(tile, b, h, rows, head.keys, head.values);
       });
     }
   }
@@ -121,11 +124,15 @@ class Forward {
     const int64_t b = index / p_.heads_kv, h = index % p_.heads_kv;
     const Range live = Interval(p_, b).all_keys();
     const Range block{panel * kPanelKeys, (panel + 1) * kPanelKeys};
-    if (intersect(live, block).empty()) return;
-    pack_transposed<A>(head.keys + panel * kPanelKeys * steps_qk_, key_rows(p_, p_.key, b, h, p_.head_dim), block.begin,
-                       live, tile.query);
-    pack_rows<A>(head.values + panel * (kPanelKeys / A::kPack) * columns_v_, columns_v_,
-                 key_rows(p_, p_.value, b, h, p_.head_dim_v), block.begin, kPanelKeys, live);
+    uint64_t seen = blocks_.active() ? 0 : ~uint64_t(0);
+    for (int64_t member = 0; member < group_ && ~seen; ++member) seen |= blocks_.live_keys(b, h * group_ + member, panel);
+    if (intersect(live, block).empty() || !seen) return;
+    Elem* keys = head.keys + panel * kPanelKeys * steps_qk_;
+    Elem* values = head.values + panel * (kPanelKeys / A::kPack) * columns_v_;
+    pack_transposed<A>(keys, key_rows(p_, p_.key, b, h, p_.head_dim), block.begin, live, tile.query);
+    pack_rows<A>(values, columns_v_, key_rows(p_, p_.value, b, h, p_.head_dim_v), block.begin, kPanelKeys, live);
+    clear_transposed<A>(keys, steps_qk_, seen);
+    clear_rows<A>(values, columns_v_, seen);
   }
 
   void attend(const Tile& t, int64_t b, int64_t h, Range rows, const Elem* keys, const Elem* values) const {
@@ -136,44 +143,93 @@ class Forward {
     for (int64_t i = 0; i < padded; ++i) t.row_max[i] = -infinity<Real>();
     for (int64_t i = 0; i < padded * kLanes; ++i) t.row_sum[i] = 0;
     const Range seen = interval.keys(rows);
-    for (int64_t j = seen.begin / kBlock * kBlock; j < seen.end; j += kBlock)
+    const BlockLine line = blocks_.active() ? blocks_.row_line(b, h, rows.begin / kMaskRows) : BlockLine{};
+    const int64_t begin = blocks_.active() ? 0 : seen.begin / kBlock * kBlock;
+    const int64_t end = blocks_.active() ? line.count * kPanelKeys : seen.end;
+    for (int64_t j = begin; j < end; j += kBlock)
       for (int64_t r = 0; r < count; r += kTileRows) {
         const Range group{rows.begin + r, min64(rows.begin + r + kTileRows, rows.end)};
-        const Range visible = intersect(interval.keys(group), {j, j + kBlock});
-        if (!visible.empty()) attend_block(t, interval, b, h, group, r, visible, keys, values);
+        Runs runs;
+        if (blocks_.active())
+          runs.add_listed(line, j / kPanelKeys, interval.keys(group));
+        else
+          runs.add(intersect(interval.keys(group), {j, j + kBlock}));
+        if (runs.width) attend_runs(t, interval, b, h, group, r, runs, keys, values);
       }
     finish(t, b, h, rows);
   }
 
-  // Six rows against the panels that hold `visible`, at most kBlock keys.
-  void attend_block(const Tile& t, const Interval& interval, int64_t b, int64_t h, Range group, int64_t r,
-                    Range visible, const Elem* keys, const Elem* values) const {
-    const int64_t first = visible.begin / kPanelKeys * kPanelKeys;
-    const int64_t width = round_up(visible.end, kPanelKeys) - first;
-    for (int64_t j = 0; j < width; j += kPanelKeys)
-      row_product<A, kTileRows, false, false>(kPanelKeys, steps_qk_, t.query + r * steps_qk_, steps_qk_,
-                                              keys + (first + j) * steps_qk_, kPanelKeys, t.scores + j, kBlock);
-    for (int64_t i = group.begin; i < group.end; ++i) {
-      Real* scores = t.scores + (i - group.begin) * kBlock;
-      scores_.shape(scores, t.bias, nullptr, b, h, i, interval.position(i), first, width);
-      hide_outside(scores, first, width, interval.keys(i));
+  // Up to kBlock keys, side by side in a row of scores: runs of panels, whose tiles say which pairs a block mask keeps.
+  struct Runs {
+    struct Run {
+      int64_t first, width, at;  // keys [first, first + width) have the scores from `at` on
+    };
+    Run run[kBlockPanels];
+    int count = 0;
+    int64_t width = 0;
+    int32_t tile[kBlockPanels];  // of each panel, with a block mask
+    bool partial = false;
+
+    void add(Range visible) {
+      if (visible.empty()) return;
+      const int64_t first = visible.begin / kPanelKeys * kPanelKeys;
+      const int64_t more = round_up(visible.end, kPanelKeys) - first;
+      if (count && run[count - 1].first + run[count - 1].width == first)
+        run[count - 1].width += more;
+      else
+        run[count++] = {first, more, width};
+      width += more;
     }
+    void add_listed(const BlockLine& line, int64_t from, Range keys) {
+      for (int64_t n = from; n < min64(from + kBlockPanels, line.count); ++n) {
+        const int64_t first = line.block(n) * kPanelKeys, before = width;
+        add(intersect(keys, {first, first + kPanelKeys}));
+        if (width == before) continue;
+        tile[before / kPanelKeys] = line.tile(n);
+        partial = partial || line.tile(n) != kFullBlock;
+      }
+    }
+  };
+
+  // Six rows against some panels.
+  void attend_runs(const Tile& t, const Interval& interval, int64_t b, int64_t h, Range group, int64_t r,
+                   const Runs& runs, const Elem* keys, const Elem* values) const {
+    for (const auto* run = runs.run; run < runs.run + runs.count; ++run) {
+      for (int64_t j = 0; j < run->width; j += kPanelKeys)
+        row_product<A, kTileRows, false, false>(kPanelKeys, steps_qk_, t.query + r * steps_qk_, steps_qk_,
+                                                keys + (run->first + j) * steps_qk_, kPanelKeys, t.scores + run->at + j,
+                                                kBlock);
+      for (int64_t i = group.begin; i < group.end; ++i) {
+        Real* scores = t.scores + (i - group.begin) * kBlock + run->at;
+        scores_.shape(scores, t.bias, nullptr, b, h, i, interval.position(i), run->first, run->width);
+        hide_outside(scores, run->first, run->width, interval.keys(i));
+      }
+    }
+    if (runs.partial)
+      for (int64_t i = group.begin; i < group.end; ++i)
+        for (int64_t j = 0; j < runs.width; j += kPanelKeys)
+          if (const int32_t tile = runs.tile[j / kPanelKeys]; tile != kFullBlock)
+            hide_unset(t.scores + (i - group.begin) * kBlock + j, blocks_.bits(tile, i % kMaskRows));
     if (dropout_.active())
-      soften<true>(t, b, h, group.begin, r, first, width);
+      soften<true>(t, b, h, group.begin, r, runs);
     else
-      soften<false>(t, b, h, group.begin, r, first, width);
-    row_product<A, kTileRows, false, true>(columns_v_, width / A::kPack, t.probs, kBlock / A::kPack,
-                                           values + first / A::kPack * columns_v_, columns_v_, t.out + r * columns_v_,
-                                           columns_v_);
+      soften<false>(t, b, h, group.begin, r, runs);
+    for (const auto* run = runs.run; run < runs.run + runs.count; ++run)
+      row_product<A, kTileRows, false, true>(columns_v_, run->width / A::kPack, t.probs + run->at / A::kPack,
+                                             kBlock / A::kPack, values + run->first / A::kPack * columns_v_, columns_v_,
+                                             t.out + r * columns_v_, columns_v_);
   }
 
   // Scores of six rows to probabilities.
   template <bool kDropout>
-  void soften(const Tile& t, int64_t b, int64_t h, int64_t i, int64_t r, int64_t first, int64_t width) const {
+  void soften(const Tile& t, int64_t b, int64_t h, int64_t i, int64_t r, const Runs& runs) const {
+    const int64_t width = runs.width;
     Real block_max[kTileRows];
     for (int m = 0; m < kTileRows; ++m) block_max[m] = row_maximum(t.scores + m * kBlock, width);
     for (int m = 0; m < kTileRows; ++m) {
-      if constexpr (kDropout) dropout_.draw(t.words, b, h, i + m, first, width);
+      if constexpr (kDropout)
+        for (const auto* run = runs.run; run < runs.run + runs.count; ++run)
+          dropout_.draw(t.words + run->at, b, h, i + m, run->first, run->width);
       add_weights<A, kDropout>(t.scores + m * kBlock, t.probs + m * (kBlock / A::kPack), width, block_max[m],
                                scores_.factor(), t.row_max[r + m], t.row_sum + (r + m) * kLanes,
                                t.out + (r + m) * columns_v_, columns_v_, dropout_, t.words);
@@ -191,6 +247,7 @@ class Forward {
   const DenseParams& p_;
   const int64_t steps_qk_, columns_v_, panels_, group_;
   const int threads_;
+  const Blocks blocks_;
   const int64_t tile_, tiles_;
   const bool negative_;
   const Scores<Real> scores_;

@@ -15,7 +15,7 @@ from fastattn.dense.philox import draw_rng
 from fastattn.dense.problem import LSE_DTYPE, Problem, default_scale
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from fastattn.dense.arguments import Mask
 
 
 @overload
@@ -31,7 +31,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    attn_mask: Tensor | BlockMask | None = None,
+    attn_mask: Mask | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     query_start: int | Tensor | None = None,
@@ -67,8 +67,9 @@ def attention(
         key: (B, Hkv, Sk, D), Hq a multiple of Hkv (grouped-query attention).
         value: (B, Hkv, Sk, Dv).
         attn_mask: broadcastable to (B, Hq, Sq, Sk): bool (True keeps the key) or float in query's dtype or float32
-            (added to the scores; -inf masks the key; differentiable). Or flex_attention's BlockMask, made for
-            (B or 1, Hq or 1, Sq, Sk); it is expanded to a bool tensor of that shape.
+            (added to the scores; -inf masks the key; differentiable). Or a `BlockMask` for (B or 1, Hq or 1, Sq, Sk),
+            whose left-out blocks cost nothing; flex_attention's is converted once. Or a pair (BlockMask, tensor): both
+            apply.
         causal: keys after the query's position are not seen.
         window: (left, right) keys around the position, both ends included; None leaves a side unlimited.
         query_start: key position of the first query, an int or an integer tensor (B,).
@@ -131,7 +132,7 @@ def normalise(
     value: Tensor,
     shape: tuple[int, int, int, int],
     *,
-    attn_mask: Tensor | BlockMask | None = None,
+    attn_mask: Mask | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     query_start: int | Tensor | None = None,
@@ -150,6 +151,8 @@ def normalise(
 ) -> Problem:
     """The `Problem` of a call whose query, key and value are checked; shape is (sequences, Hq, max Sq, max Sk)."""
     batch, heads = shape[:2]
+    mask, lists = check.attn_mask(attn_mask, shape, query, backend)
+    mask_rows, mask_row_blocks, mask_columns, mask_column_blocks, mask_tiles = lists or (None,) * 5
     accumulate = LSE_DTYPE.get(query.dtype, torch.float32)
     left, right = check.window(window, check.flag("causal", causal))
     offset, starts = check.query_start(query_start, batch, query)
@@ -158,7 +161,7 @@ def normalise(
         query=query,
         key=key,
         value=value,
-        attn_mask=check.attn_mask(attn_mask, shape, query),
+        attn_mask=mask,
         sinks=check.sinks(sinks, heads, query, accumulate),
         alibi_slopes=check.alibi_slopes(alibi_slopes, batch, heads, query, accumulate),
         query_start=starts,
@@ -167,6 +170,11 @@ def normalise(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         block_table=block_table,
+        mask_rows=mask_rows,
+        mask_row_blocks=mask_row_blocks,
+        mask_columns=mask_columns,
+        mask_column_blocks=mask_column_blocks,
+        mask_tiles=mask_tiles,
         max_seqlen_q=shape[2],
         max_seqlen_k=shape[3],
         query_offset=offset,

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from fastattn import backends, blockmask
+from fastattn import backends
+from fastattn.blockmask import BlockMask, Lists, flex, of_flex
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+    Mask = Tensor | BlockMask | FlexBlockMask | tuple[BlockMask | FlexBlockMask, Tensor]
 
 
 class Options(TypedDict, total=False):
     """The keyword arguments of `attention` and `attention_varlen`, but for return_lse, which decides their result."""
 
-    attn_mask: Tensor | BlockMask | None
+    attn_mask: Mask | None
     causal: bool
     window: tuple[int | None, int | None] | None
     query_start: int | Tensor | None
@@ -164,14 +167,36 @@ def query_start(value: Any, batch: int, like: Tensor) -> tuple[int | None, Tenso
     return 0, per_sequence("query_start", value, batch, like)
 
 
-def attn_mask(value: Any, shape: tuple[int, int, int, int], like: Tensor) -> Tensor | None:
-    """The mask with four axes, each of size 1 or full."""
+def attn_mask(
+    value: Any, shape: tuple[int, int, int, int], like: Tensor, backend: str | None
+) -> tuple[Tensor | None, Lists | None]:
+    """A mask of any kind as a tensor with four axes, each of size 1 or full, and the lists of a block mask."""
+    if value is None or isinstance(value, Tensor):
+        return _mask_tensor(value, shape, like), None
+    blocks, tensor = value if isinstance(value, tuple | list) and len(value) == 2 else (value, None)
+    if not (isinstance(blocks, BlockMask) or flex.is_block_mask(blocks)) or not isinstance(tensor, Tensor | None):
+        found = f"({', '.join(type(v).__name__ for v in value)})" if isinstance(value, tuple | list) else type(value).__name__
+        raise TypeError(
+            f"fastattn: attn_mask must be a torch.Tensor, a BlockMask or a pair (BlockMask, torch.Tensor), got {found}"
+        )
+    mask = _mask_tensor(tensor, shape, like)
+    flex.check_shape(tuple(blocks.shape), shape)
+    if not isinstance(blocks, BlockMask):
+        found = of_flex(blocks)
+        if found is None:
+            dense = _mask_tensor(flex.dense_mask(blocks), shape, like)
+            if mask is None or dense is None:
+                return dense, None
+            return (mask & dense if mask.dtype == torch.bool else mask.masked_fill(~dense, -math.inf)), None
+        blocks = found
+    if blocks.device != like.device:
+        raise ValueError(f"fastattn: attn_mask must be on query's device {like.device}, got {blocks.device}")
+    return mask, blocks.kernel_lists(backend)
+
+
+def _mask_tensor(value: Tensor | None, shape: tuple[int, int, int, int], like: Tensor) -> Tensor | None:
     if value is None:
         return None
-    if blockmask.is_block_mask(value):
-        value = blockmask.dense_mask(value, shape)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"fastattn: attn_mask must be a torch.Tensor or a BlockMask, got {type(value).__name__}")
     if value.dtype not in (torch.bool, torch.float32, like.dtype):
         raise TypeError(f"fastattn: attn_mask must be bool, float32 or query's dtype {like.dtype}, got {value.dtype}")
     if value.device != like.device:

@@ -15,7 +15,7 @@ from fastattn.dense.op import attention_op, transformed
 from fastattn.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from fastattn.dense.arguments import Mask
 
 Rotary = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, bool]
 
@@ -68,7 +68,7 @@ def attention_with_kvcache(
     key_lengths: Tensor,
     block_table: Tensor | None = None,
     rotary: Rotary | None = None,
-    attn_mask: Tensor | BlockMask | None = None,
+    attn_mask: Mask | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     key_start: Tensor | None = None,

@@ -34,6 +34,7 @@ CAPABILITY = Capability(
             "paged",
             "bool_mask",
             "float_bias",
+            "block_mask",
             "bias_grad",
             "lse_grad",
             "gqa",
@@ -77,9 +78,12 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
     params.seqlen_k = p.seqlen_k
     if p.cu_seqlens_q is not None:
         params.batch = len(p.cu_seqlens_q) - 1
-        # Working memory goes by the longest sequence; none is longer than all of them.
-        params.seqlen_q = min(p.max_seqlen_q, query.shape[2])
-        params.seqlen_k = min(p.max_seqlen_k, key.shape[2])
+        # Working memory goes by the longest sequence; none is longer than all of them. A block mask has lines up to the
+        # lengths that it was made for.
+        params.seqlen_q, params.seqlen_k = p.max_seqlen_q, p.max_seqlen_k
+        if p.mask_rows is None:
+            params.seqlen_q = min(params.seqlen_q, query.shape[2])
+            params.seqlen_k = min(params.seqlen_k, key.shape[2])
     dtypes = dtypes_of(native)
     params.dtype = dtypes[query.dtype]
     params.query = view(query, p.cu_seqlens_q)
@@ -88,6 +92,12 @@ def _params(native: ModuleType, p: Problem, query: Tensor, key: Tensor, value: T
     if mask is not None:
         params.attn_mask = _broadcast_view(mask)
         params.mask_dtype = dtypes[mask.dtype]
+    lists = p.mask_lists
+    if lists is not None:
+        params.mask_rows, params.mask_columns = _broadcast_view(lists.rows), _broadcast_view(lists.columns)
+        params.mask_row_blocks = lists.row_blocks.data_ptr()
+        params.mask_column_blocks = lists.column_blocks.data_ptr()
+        params.mask_tiles = lists.tiles.data_ptr()
     params.query_start = _address(p.query_start)
     params.key_start = _address(p.key_start)
     params.key_lengths = _address(p.key_lengths)

@@ -15,7 +15,7 @@ from fastattn.dense.weights import Average, chosen_weights
 from fastattn.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from fastattn.dense.arguments import Mask
 
 Indices = slice | Sequence[int] | Tensor
 
@@ -27,7 +27,7 @@ def attention_weights(
     rows: Indices | None = None,
     heads: Indices | None = None,
     average: Average | None = None,
-    attn_mask: Tensor | BlockMask | None = None,
+    attn_mask: Mask | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     query_start: int | Tensor | None = None,

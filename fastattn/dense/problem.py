@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import Requirements
+from fastattn.blockmask import Lists
 
 _OPTIONAL_FEATURES = (
     *("query_start", "key_start", "key_lengths", "packed", "paged"),
-    *("softcap", "alibi", "sinks", "dropout"),
+    *("softcap", "alibi", "sinks", "dropout", "block_mask"),
 )
 LSE_DTYPE = {torch.float64: torch.float64}  # float32 for every other dtype
 
@@ -43,6 +44,11 @@ class Problem:
     cu_seqlens_q: Tensor | None  # (B + 1,) int32
     cu_seqlens_k: Tensor | None  # (B + 1,) int32
     block_table: Tensor | None  # (B, pages per sequence) int32; not packed
+    mask_rows: Tensor | None  # this and the next four: a block mask's `Lists`, or None; a pair must pass both masks
+    mask_row_blocks: Tensor | None
+    mask_columns: Tensor | None
+    mask_column_blocks: Tensor | None
+    mask_tiles: Tensor | None
     rng: Tensor | None  # int64 [seed, offset], with dropout_p > 0
     max_seqlen_q: int
     max_seqlen_k: int
@@ -65,6 +71,12 @@ class Problem:
         """Sk; of packed sequences the total length, of pages what a row of the block table holds."""
         rows = self.key.shape[2]
         return rows if self.block_table is None else rows * self.block_table.shape[1]
+
+    @property
+    def mask_lists(self) -> Lists | None:
+        """The block mask, if there is one."""
+        lists = (self.mask_rows, self.mask_row_blocks, self.mask_columns, self.mask_column_blocks, self.mask_tiles)
+        return None if self.mask_rows is None else Lists(*lists)  # type: ignore[arg-type]
 
     @property
     def offset(self) -> int:
@@ -102,6 +114,7 @@ class Problem:
             self.alibi_slopes,
             self.sinks,
             self.rng,
+            self.mask_rows,
         )
         features += compress(_OPTIONAL_FEATURES, [value is not None for value in optional])
         if self.deterministic:
@@ -170,6 +183,8 @@ class Problem:
                     key=self.key[:, :, keys],
                     value=self.value[:, :, keys],
                     attn_mask=self.mask_of_sequence(self.attn_mask, b, seqlen_q, seqlen_k),
+                    mask_rows=_of_sequence(self.mask_rows, b),
+                    mask_columns=_of_sequence(self.mask_columns, b),
                     alibi_slopes=None if self.alibi_slopes is None else self.alibi_slopes[b : b + 1],
                     query_start=None if self.query_start is None else self.query_start[b : b + 1],
                     key_start=None if self.key_start is None else self.key_start[b : b + 1],
@@ -194,6 +209,10 @@ class Problem:
 
 ARGUMENTS = tuple(field.name for field in fields(Problem))[:-1]
 TENSORS = ARGUMENTS[: ARGUMENTS.index("rng") + 1]
+
+
+def _of_sequence(lines: Tensor | None, b: int) -> Tensor | None:
+    return lines if lines is None or lines.shape[0] == 1 else lines[b : b + 1]
 
 
 def check_pages(block_table: Tensor, lengths: list[int], page_size: int, pages: int) -> None:

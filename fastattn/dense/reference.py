@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import FEATURES, Capability
+from fastattn.blockmask.lists import to_dense
 from fastattn.dense.append import append as append
 from fastattn.dense.philox import dropout_keep
 from fastattn.dense.problem import Problem, allocate_backward, allocate_forward
@@ -26,8 +27,8 @@ CAPABILITY = Capability(
 )
 
 
-def interval(p: Problem) -> Tensor:
-    """Which keys each row may see by position alone: bool (B or 1, 1, Sq, Sk)."""
+def reach(p: Problem) -> Tensor:
+    """Which keys each row may see by position and block mask: bool (B or 1, Hq or 1, Sq, Sk)."""
     position, key = _positions(p), _keys(p)
     seen = torch.ones_like(position, dtype=torch.bool) & torch.ones_like(key, dtype=torch.bool)
     if p.window_left is not None:
@@ -38,6 +39,9 @@ def interval(p: Problem) -> Tensor:
         seen = seen & (key >= p.key_start.view(-1, 1, 1, 1))
     if p.key_lengths is not None:
         seen = seen & (key < p.key_lengths.view(-1, 1, 1, 1))
+    lists = p.mask_lists
+    if lists is not None:
+        seen = seen & to_dense(lists, (0, seen.shape[2]), seen.shape[3])
     return seen
 
 
@@ -93,7 +97,7 @@ def attention_weights(p: Problem, lse: Tensor) -> Tensor:
     # In the accumulation dtype: scores rounded to half precision would not agree with the log-sum-exp.
     with torch.autocast(p.query.device.type, enabled=False):
         key = p.key.to(lse.dtype).repeat_interleave(p.query.shape[1] // p.key.shape[1], dim=1)
-        scores, _ = masked_scores(p, p.query.to(lse.dtype), key, interval(p))
+        scores, _ = masked_scores(p, p.query.to(lse.dtype), key, reach(p))
         # -inf minus -inf is NaN: a row without keys keeps its -inf scores, whose exponential is the zero wanted.
         weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
         factors = dropout_factors(p)
@@ -115,13 +119,13 @@ class _Parts:
 
 def _parts(p: Problem) -> _Parts:
     dtype = p.accumulate_dtype
-    sees = interval(p)
+    sees = reach(p)
     # A key that no row of its sequence sees may hold anything, NaN included.
     exists = sees.any(dim=2)[..., None]
     groups = p.query.shape[1] // p.key.shape[1]
     query = p.query.to(dtype)
-    key = torch.where(exists, p.key, 0).to(dtype).repeat_interleave(groups, dim=1)
-    value = torch.where(exists, p.value, 0).to(dtype).repeat_interleave(groups, dim=1)
+    key = torch.where(exists, p.key.repeat_interleave(groups, dim=1), 0).to(dtype)
+    value = torch.where(exists, p.value.repeat_interleave(groups, dim=1), 0).to(dtype)
 
     scores, tanh = masked_scores(p, query, key, sees)
     sink = None if p.sinks is None else p.sinks.to(dtype).view(1, -1, 1)

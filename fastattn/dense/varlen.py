@@ -13,7 +13,7 @@ from fastattn.dense.arguments import Options
 from fastattn.dense.op import attention_op
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from fastattn.dense.arguments import Mask
 
 
 @overload
@@ -51,7 +51,7 @@ def attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    attn_mask: Tensor | BlockMask | None = None,
+    attn_mask: Mask | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     query_start: int | Tensor | None = None,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastattn.blockmask.lists import to_dense
 from fastattn.dense import reference
 from fastattn.dense.op import transformed
 from fastattn.dense.problem import TENSORS, Problem
@@ -159,8 +160,14 @@ def _part(p: Problem, heads: Sequence[int], first: int, last: int, seen: slice) 
         mask = mask[:, :, first:last] if mask.shape[2] > 1 else mask
         mask = mask[..., seen] if mask.shape[3] > 1 else mask
         mask = _pick(mask, heads) if mask.shape[1] > 1 else mask
+    lists = p.mask_lists
+    if lists is not None:
+        keep = to_dense(lists, (first, last), p.key.shape[2])[..., seen]
+        keep = _pick(keep, heads) if keep.shape[1] > 1 else keep
+        mask = keep if mask is None else mask & keep if mask.dtype == torch.bool else mask.where(keep, float("-inf"))
     return replace(
         p,
+        mask_rows=None,
         query=_pick(p.query[:, :, first:last], heads),
         key=_pick(p.key[:, :, seen], [h // groups for h in heads]),
         attn_mask=mask,
@@ -183,7 +190,7 @@ def _pick(tensor: Tensor, indices: Sequence[int]) -> Tensor:
 def _block(p: Problem, lse: Tensor | None) -> Tensor:
     """The probabilities of a problem with as many key heads as query heads, in the accumulation dtype."""
     dtype = p.accumulate_dtype
-    scores, _ = reference.masked_scores(p, p.query.to(dtype), p.key.to(dtype), reference.interval(p))
+    scores, _ = reference.masked_scores(p, p.query.to(dtype), p.key.to(dtype), reference.reach(p))
     if lse is None:
         lse = torch.logsumexp(scores, dim=-1)
         lse = lse if p.sinks is None else torch.logaddexp(lse, p.sinks[:, None])

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 
 import fastattn
-from fastattn import blockmask
-from fastattn.blockmask import dense_mask
+from fastattn.blockmask import BlockMask as OwnBlockMask
+from fastattn.blockmask import flex
+from fastattn.blockmask.flex import dense_mask
 
 
 def elementwise(rule: Callable[..., Any], shape: tuple[int, int, int, int]) -> Tensor:
@@ -40,21 +41,49 @@ def rules() -> dict[str, Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("name", list(rules()))
-@pytest.mark.parametrize("elements", [1, blockmask.ELEMENTS])
+@pytest.mark.parametrize("elements", [1, flex.ELEMENTS])
 def test_dense_mask(name: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if full and partial blocks are mixed up, the ragged last blocks are cut wrong, or rows go astray when the
     rule is evaluated a row at a time."""
-    monkeypatch.setattr(blockmask, "ELEMENTS", elements)
+    monkeypatch.setattr(flex, "ELEMENTS", elements)
     rule, shape = rules()[name], (2, 3, random.randrange(1, 30), random.randrange(1, 30))
     made = create_block_mask(rule, *shape, device="cpu", BLOCK_SIZE=(8, 4))
-    assert torch.equal(dense_mask(made, shape), elementwise(rule, shape))
+    assert torch.equal(dense_mask(made), elementwise(rule, shape))
+    assert torch.equal(OwnBlockMask.from_torch(made).to_dense(), elementwise(rule, shape))
+
+
+@pytest.mark.parametrize("name", list(rules()))
+def test_converted(name: str) -> None:
+    """Fails if converting asks the rule for other pairs than those of partial blocks, or numbers past the ends."""
+    rule, shape = rules()[name], (2, 3, random.randrange(1, 70), random.randrange(1, 70))
+    made = create_block_mask(rule, *shape, device="cpu", BLOCK_SIZE=(32, 16))
+    own = OwnBlockMask.from_torch(made)
+    assert own.block_size == (32, 16)
+    assert torch.equal(own.to_dense(), elementwise(rule, shape))
+
+
+def test_converted_once() -> None:
+    """Fails if every call converts the mask again: the rule would be asked each time."""
+    asked = []
+
+    def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        asked.append(1)
+        return i >= j
+
+    made = create_block_mask(rule, None, None, 40, 40, device="cpu", BLOCK_SIZE=16)
+    q = torch.randn(1, 2, 40, 8)
+    first = fastattn.attention(q, q, q, attn_mask=made)
+    count = len(asked)
+    torch.testing.assert_close(fastattn.attention(q, q, q, attn_mask=made), first, rtol=0, atol=0)
+    assert len(asked) == count
+    torch.testing.assert_close(first, fastattn.attention(q, q, q, causal=True))
 
 
 @pytest.mark.parametrize("sizes", [(None, None), (2, None), (None, 3)])
 def test_broadcast_axes_stay_broadcast(sizes: tuple[int | None, int | None]) -> None:
     """Fails if a mask that all heads share is expanded for each of them."""
     made = create_block_mask(lambda b, h, i, j: i >= j, *sizes, 16, 16, device="cpu", BLOCK_SIZE=8)
-    mask = dense_mask(made, (2, 3, 16, 16))
+    mask = dense_mask(made)
     assert mask.shape == (sizes[0] or 1, sizes[1] or 1, 16, 16)
     assert torch.equal(mask[0, 0], torch.ones(16, 16, dtype=torch.bool).tril())
 
@@ -76,7 +105,7 @@ def test_lists_alone_decide_full_blocks() -> None:
     expected[:4, 4:8] = True
     expected[:4, 8::2] = True
     expected[4:, 0:8:2] = True
-    assert torch.equal(dense_mask(made, (1, 1, 7, 10))[0, 0], expected)
+    assert torch.equal(dense_mask(made)[0, 0], expected)
 
 
 def test_attention_takes_it() -> None:
@@ -98,7 +127,7 @@ def test_attention_takes_it() -> None:
 def test_other_functions_take_it() -> None:
     """Fails if packed sequences or a cache refuse a BlockMask, or read another mask."""
     made = create_block_mask(lambda b, h, i, j: j % 3 != 1, None, None, 4, 16, device="cpu", BLOCK_SIZE=4)
-    mask = dense_mask(made, (1, 1, 4, 16))
+    mask = dense_mask(made)
     query, cache = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 16, 8)
     cached = [
         fastattn.attention_with_kvcache(query, cache, cache, key_lengths=torch.tensor([9, 16]), attn_mask=given)
