@@ -60,8 +60,10 @@ class Call:
             return Call(alone, self.lse[:, :, rows])
         p = reference.gathered(p)
         one = slice(index, index + 1)
-        names = ("query", "key", "value", "attn_mask", "alibi_slopes", "query_start", "key_start", "key_lengths")
-        names += ("mask_rows", "mask_columns")
+        names = (
+            *("query", "key", "value", "attn_mask", "mask_rows", "mask_columns"),
+            *("alibi_slopes", "query_start", "key_start", "key_lengths"),
+        )
         tensors = {name: getattr(p, name) for name in names}
         own = {name: t[one] for name, t in tensors.items() if t is not None and t.shape[0] > 1}
         return Call(replace(p, **own), self.lse[one])

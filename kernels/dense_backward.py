@@ -19,11 +19,16 @@ from fastattn.kernels.dense_scores import (
     head_rows,
     key_limits,
     key_range,
+    listed_keeps,
+    listed_line,
     load_rows,
+    nth_line,
     row_range,
     sees,
     sequence_bounds,
+    step_start,
     store_rows,
+    tile_keeps,
 )
 
 
@@ -80,16 +85,18 @@ def _gradients(scores, capped, products, lse, delta, keep, cap, dropout_scale):
 
 @triton.jit
 def _walk_rows(
-    grad_key, grad_value, key, value, queries, grads, lse, delta, at, j, n0, begin, stop, gap_at, gap, rows, interval,
-    scoring, dropout,
+    grad_key, grad_value, key, value, queries, grads, lse, delta, at, j, n0, begin, stop, gap_at, gap, listed, rows,
+    interval, scoring, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    MASK_Q: tl.constexpr = 0, MASK_K: tl.constexpr = 0, TILES: tl.constexpr = False,
 ):  # fmt: skip
-    """Rows from begin to stop, skipping `gap` rows at gap_at, for one tile of keys; tiles are keys by rows."""
+    """Rows from begin to stop, skipping `gap` rows at gap_at, for one tile of keys; tiles are keys by rows.
+
+    With `listed`, as in `attend`: begin and stop count MASK_Q for each block of rows in its list.
+    """
     for step in range(begin, stop, BLOCK_M):
-        m0 = step
-        if LIMIT:
-            m0 = tl.where(step < gap_at, step, step + gap)
+        m0 = step_start(step, gap_at, gap, listed, MASK_Q, LIMIT)
         i = m0 + tl.arange(0, BLOCK_M)
         query = load_rows(queries, m0, 0, rows, BLOCK_M, D, BLOCK_D, LIMIT)
         lse_tile, delta_tile = _load_row_values(lse, delta, at, i, rows)
@@ -97,6 +104,9 @@ def _walk_rows(
         scores, capped = full_scores(products, i[None, :], j[:, None], interval.position, scoring)
         if LIMIT:
             scores = tl.where(sees(i[None, :], j[:, None], interval), scores, float("-inf"))
+        if TILES:
+            kept = listed_keeps(listed, step, i[None, :], j[:, None], MASK_Q, MASK_Q, MASK_K)
+            scores = tl.where(kept, scores, float("-inf"))
         keep = None
         if dropout.rng is not None:
             keep = tl.trans(dropout_keep(dropout, i, n0, BLOCK_N))
@@ -120,17 +130,26 @@ def key_value_kernel(
     grad_out, grad_out_stride_b, grad_out_stride_h, grad_out_stride_s,
     grad_key, grad_key_stride_b, grad_key_stride_h, grad_key_stride_s,
     grad_value, grad_value_stride_b, grad_value_stride_h, grad_value_stride_s,
+    lines, lines_stride_b, lines_stride_h, blocks, mask_tiles,
     alibi_slopes, query_start, key_start, key_lengths, cu_seqlens_q, cu_seqlens_k, rng,
     heads, tiles, seqlen_q, seqlen_k, query_offset, window_left, window_right,
     scale, factor, cap, dropout_threshold, dropout_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK_Q: tl.constexpr, MASK_K: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of key and value. Grid: (tiles of keys * kv heads * sequences,); heads counts the query's."""
+    """Gradients of key and value. Grid: (tiles of keys * kv heads * sequences,); heads counts the query's.
+
+    lines, blocks and mask_tiles are a block mask's columns, column_blocks and tiles, or None.
+    """
     program = tl.program_id(0)
-    n0 = program % tiles * BLOCK_N
+    tile = program % tiles
     kv_head = program // tiles % (heads // GROUP)
     b = program // tiles // (heads // GROUP)
+    if lines is not None:  # the longest columns first
+        parts = MASK_K // BLOCK_N
+        tile = nth_line(lines, b, lines_stride_b, kv_head * GROUP, lines_stride_h, tile // parts) * parts + tile % parts
+    n0 = tile * BLOCK_N
     row0, rows = sequence_bounds(b, seqlen_q, cu_seqlens_q)
     key0, seqlen = sequence_bounds(b, seqlen_k, cu_seqlens_k)
     if n0 >= seqlen:
@@ -162,16 +181,32 @@ def key_value_kernel(
         scoring = Scoring(factor, cap, slope, mask_at, mask_stride_q, mask_stride_k, rows, seqlen)
         dropout = Dropout(rng, dropout_threshold, dropout_scale, b * heads + head)
         at = (tl.cast(batch, tl.int64) * heads + head) * seqlen_q + row0
-        grad_key_tile, grad_value_tile = _walk_rows(
-            grad_key_tile, grad_value_tile, key_tile, value_tile, queries, grads, lse, delta, at, j, n0, full_low,
-            full_high, 0, 0, rows, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
-            False,
-        )  # fmt: skip
-        grad_key_tile, grad_value_tile = _walk_rows(
-            grad_key_tile, grad_value_tile, key_tile, value_tile, queries, grads, lse, delta, at, j, n0, block_low,
-            block_high - gap, full_low, gap, rows, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M,
-            BLOCK_N, PRECISION, True,
-        )  # fmt: skip
+        if lines is not None:
+            listed, full, count = listed_line(
+                lines, b, lines_stride_b, head, lines_stride_h, n0 // MASK_K, blocks, 3, mask_tiles
+            )
+            # Full blocks of rows may end past the last row, so the walk always looks at limits.
+            grad_key_tile, grad_value_tile = _walk_rows(
+                grad_key_tile, grad_value_tile, key_tile, value_tile, queries, grads, lse, delta, at, j, n0, 0,
+                full * MASK_Q, 0, 0, listed, rows, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M,
+                BLOCK_N, PRECISION, True, MASK_Q, MASK_K,
+            )  # fmt: skip
+            grad_key_tile, grad_value_tile = _walk_rows(
+                grad_key_tile, grad_value_tile, key_tile, value_tile, queries, grads, lse, delta, at, j, n0,
+                full * MASK_Q, count * MASK_Q, 0, 0, listed, rows, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV,
+                BLOCK_M, BLOCK_N, PRECISION, True, MASK_Q, MASK_K, True,
+            )  # fmt: skip
+        else:
+            grad_key_tile, grad_value_tile = _walk_rows(
+                grad_key_tile, grad_value_tile, key_tile, value_tile, queries, grads, lse, delta, at, j, n0, full_low,
+                full_high, 0, 0, None, rows, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, BLOCK_N,
+                PRECISION, False,
+            )  # fmt: skip
+            grad_key_tile, grad_value_tile = _walk_rows(
+                grad_key_tile, grad_value_tile, key_tile, value_tile, queries, grads, lse, delta, at, j, n0, block_low,
+                block_high - gap, full_low, gap, None, rows, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV,
+                BLOCK_M, BLOCK_N, PRECISION, True,
+            )  # fmt: skip
     results = head_rows(grad_key, batch, grad_key_stride_b, kv_head, grad_key_stride_h, key0, grad_key_stride_s)
     store_rows(results, n0, seqlen, grad_key_tile * scale, D, BLOCK_D)
     results = head_rows(grad_value, batch, grad_value_stride_b, kv_head, grad_value_stride_h, key0, grad_value_stride_s)
@@ -180,16 +215,15 @@ def key_value_kernel(
 
 @triton.jit
 def _walk_keys(
-    grad_query, query, grad_out, lse, delta, keys, values, i, begin, stop, gap_at, gap, low, high, interval, scoring,
-    dropout,
+    grad_query, query, grad_out, lse, delta, keys, values, i, begin, stop, gap_at, gap, listed, low, high,
+    interval, scoring, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    MASK_Q: tl.constexpr = 0, MASK_K: tl.constexpr = 0, TILES: tl.constexpr = False,
 ):  # fmt: skip
-    """Keys from begin to stop, skipping `gap` keys at gap_at, for one tile of rows."""
+    """Keys from begin to stop, skipping `gap` keys at gap_at, for one tile of rows; `listed` as in `attend`."""
     for step in range(begin, stop, BLOCK_N):
-        j0 = step
-        if LIMIT:
-            j0 = tl.where(step < gap_at, step, step + gap)
+        j0 = step_start(step, gap_at, gap, listed, MASK_K, LIMIT)
         j = (j0 + tl.arange(0, BLOCK_N))[None, :]
         key = load_rows(keys, j0, low, high, BLOCK_N, D, BLOCK_D, LIMIT)
         value = load_rows(values, j0, low, high, BLOCK_N, DV, BLOCK_DV, LIMIT)
@@ -197,6 +231,9 @@ def _walk_keys(
         scores, capped = full_scores(products, i[:, None], j, interval.position, scoring)
         if LIMIT:
             scores = tl.where(sees(i[:, None], j, interval), scores, float("-inf"))
+        if TILES:
+            kept = listed_keeps(listed, step, i[:, None], j, MASK_K, MASK_Q, MASK_K)
+            scores = tl.where(kept, scores, float("-inf"))
         keep = None
         if dropout.rng is not None:
             keep = dropout_keep(dropout, i, j0, BLOCK_N)
@@ -217,19 +254,25 @@ def query_kernel(
     lse, delta,
     grad_out, grad_out_stride_b, grad_out_stride_h, grad_out_stride_s,
     grad_query, grad_query_stride_b, grad_query_stride_h, grad_query_stride_s,
+    lines, lines_stride_b, lines_stride_h, blocks, mask_tiles,
     alibi_slopes, query_start, key_start, key_lengths, cu_seqlens_q, cu_seqlens_k, rng,
     heads, tiles, seqlen_q, seqlen_k, query_offset, window_left, window_right,
     scale, factor, cap, dropout_threshold, dropout_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK_Q: tl.constexpr, MASK_K: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of query. Grid: (tiles of rows * heads * sequences,)."""
+    """Gradient of query. Grid: (tiles of rows * heads * sequences,). A block mask as in `forward_kernel`."""
     program = tl.program_id(0)
     tile = program % tiles
-    if window_right is not None:
-        tile = tiles - 1 - tile  # the longest rows first
     head = program // tiles % heads
     b = program // tiles // heads
+    # The longest rows first.
+    if lines is not None:
+        parts = MASK_Q // BLOCK_M
+        tile = nth_line(lines, b, lines_stride_b, head, lines_stride_h, tile // parts) * parts + tile % parts
+    elif window_right is not None:
+        tile = tiles - 1 - tile
     row0, rows = sequence_bounds(b, seqlen_q, cu_seqlens_q)
     key0, seqlen = sequence_bounds(b, seqlen_k, cu_seqlens_k)
     m0 = tile * BLOCK_M
@@ -258,16 +301,41 @@ def query_kernel(
     query_tile = load_rows(queries, m0, 0, rows, BLOCK_M, D, BLOCK_D, True)
     grad_tile = load_rows(grads, m0, 0, rows, BLOCK_M, DV, BLOCK_DV, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    acc = _walk_keys(
-        acc, query_tile, grad_tile, lse_tile, delta_tile, keys, values, i, full_low, full_high, 0, 0, low, high,
-        interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, PRECISION, False,
-    )  # fmt: skip
-    acc = _walk_keys(
-        acc, query_tile, grad_tile, lse_tile, delta_tile, keys, values, i, block_low, block_high - gap, full_low, gap,
-        low, high, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, PRECISION, True,
-    )  # fmt: skip
+    if lines is not None:
+        listed, full, count = listed_line(
+            lines, b, lines_stride_b, head, lines_stride_h, m0 // MASK_Q, blocks, 2, mask_tiles
+        )
+        acc = _walk_keys(
+            acc, query_tile, grad_tile, lse_tile, delta_tile, keys, values, i, 0, full * MASK_K, 0, 0, listed, low,
+            high, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, PRECISION, LIMITED, MASK_Q, MASK_K,
+        )  # fmt: skip
+        acc = _walk_keys(
+            acc, query_tile, grad_tile, lse_tile, delta_tile, keys, values, i, full * MASK_K, count * MASK_K,
+            0, 0, listed, low, high, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, PRECISION, True,
+            MASK_Q, MASK_K, True,
+        )  # fmt: skip
+    else:
+        acc = _walk_keys(
+            acc, query_tile, grad_tile, lse_tile, delta_tile, keys, values, i, full_low, full_high, 0, 0, None,
+            low, high, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, PRECISION, False,
+        )  # fmt: skip
+        acc = _walk_keys(
+            acc, query_tile, grad_tile, lse_tile, delta_tile, keys, values, i, block_low, block_high - gap,
+            full_low, gap, None, low, high, interval, scoring, dropout, D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, PRECISION,
+            True,
+        )  # fmt: skip
     results = head_rows(grad_query, batch, grad_query_stride_b, head, grad_query_stride_h, row0, grad_query_stride_s)
     store_rows(results, m0, rows, acc * scale, D, BLOCK_D)
+
+
+@triton.jit
+def _find_block(listed, count, block):
+    """The place of a block among the first count entries of a list of rows; -1 where it is not there."""
+    place = -1
+    for n in range(0, count):
+        if tl.load(listed.blocks + 2 * n) == block:
+            place = n
+    return place
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -279,11 +347,13 @@ def bias_kernel(
     lse, delta,
     grad_out, grad_out_stride_b, grad_out_stride_h, grad_out_stride_s,
     grad_mask, grad_mask_stride_b, grad_mask_stride_h, grad_mask_stride_q, grad_mask_stride_k,
+    lines, lines_stride_b, lines_stride_h, blocks, mask_tiles,
     alibi_slopes, query_start, key_start, key_lengths, cu_seqlens_q, cu_seqlens_k, rng,
     heads, sequences, mask_b, mask_h, mask_q, mask_k, tiles_q, tiles_k,
     seqlen_q, seqlen_k, query_offset, window_left, window_right, factor, cap, dropout_threshold, dropout_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK_Q: tl.constexpr, MASK_K: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a bias (mask_b, mask_h, mask_q, mask_k), each axis full or 1, summed over the axes that are 1.
 
@@ -311,7 +381,16 @@ def bias_kernel(
         position, first, end = key_limits(b, rows, seqlen, key_start, key_lengths, query_offset, query_start)
         interval = Interval(position, first, end, window_left, window_right)
         low, high, block_low, block_high, _, _ = key_range(m0, tl.minimum(m0 + BLOCK_M, rows) - 1, interval, BLOCK_N)
-        if (m0 < rows) & (n0 >= block_low) & (n0 < block_high):
+        kept = (m0 < rows) & (n0 >= block_low) & (n0 < block_high)
+        mask_tile = -1
+        if lines is not None:
+            listed, _full, count = listed_line(
+                lines, b, lines_stride_b, head, lines_stride_h, m0 // MASK_Q, blocks, 2, mask_tiles
+            )
+            place = _find_block(listed, tl.where(kept, count, 0), n0 // MASK_K)
+            kept = kept & (place >= 0)
+            mask_tile = tl.load(listed.blocks + 2 * place + 1, mask=kept, other=-1)
+        if kept:
             batch = 0 if PACKED else b
             queries = head_rows(query, batch, query_stride_b, head, query_stride_h, row0, query_stride_s)
             grads = head_rows(grad_out, batch, grad_out_stride_b, head, grad_out_stride_h, row0, grad_out_stride_s)
@@ -331,6 +410,10 @@ def bias_kernel(
             products = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)
             scores, capped = full_scores(products, i[:, None], j, interval.position, scoring)
             scores = tl.where(sees(i[:, None], j, interval), scores, float("-inf"))
+            if lines is not None:  # noqa: SIM102 (decided at compile time)
+                if mask_tile >= 0:
+                    passes = tile_keeps(mask_tile, mask_tiles, i[:, None], j, MASK_Q, MASK_K)
+                    scores = tl.where(passes, scores, float("-inf"))
             keep = None
             if rng is not None:
                 dropout = Dropout(rng, dropout_threshold, dropout_scale, b * heads + head)

@@ -99,13 +99,13 @@ def split_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     acc, total, highest = attend(
-        acc, total, highest, query_tile, query_tail, keys, values, i, full_low, full_high, 0, 0, low, high, interval,
-        scoring, dropout, D, BLOCK_D, TAIL, BLOCK_TAIL, DV, BLOCK_DV, BLOCK_N, PAGE, PRECISION, False,
+        acc, total, highest, query_tile, query_tail, keys, values, i, full_low, full_high, 0, 0, None, low, high,
+        interval, scoring, dropout, D, BLOCK_D, TAIL, BLOCK_TAIL, DV, BLOCK_DV, BLOCK_N, PAGE, PRECISION, False,
     )  # fmt: skip
     gap = full_high - full_low
     acc, total, highest = attend(
-        acc, total, highest, query_tile, query_tail, keys, values, i, begin, stop - gap, full_low, gap, low, high,
-        interval, scoring, dropout, D, BLOCK_D, TAIL, BLOCK_TAIL, DV, BLOCK_DV, BLOCK_N, PAGE, PRECISION, True,
+        acc, total, highest, query_tile, query_tail, keys, values, i, begin, stop - gap, full_low, gap, None, low,
+        high, interval, scoring, dropout, D, BLOCK_D, TAIL, BLOCK_TAIL, DV, BLOCK_DV, BLOCK_N, PAGE, PRECISION, True,
     )  # fmt: skip
     sink = None if sinks is None else tl.load(sinks + safe_head)
     acc, lse_tile = finish(acc, total, highest, sink, dropout_scale)

@@ -27,7 +27,7 @@ VARYING = (
         "sequences",
     ),
     *("splits", "chunk", "pages", "seqlen_new", "new_rows", "capacity", "positions", "lse_stride_b", "lse_stride_h"),
-    *("block_table_stride", "dropout_threshold"),
+    *("block_table_stride", "dropout_threshold", "lines_stride_b", "lines_stride_h"),
 )
 
 
@@ -56,6 +56,14 @@ class Interval(NamedTuple):
     end: tl.tensor
     window_left: tl.tensor
     window_right: tl.tensor
+
+
+class Listed(NamedTuple):
+    """Kept blocks of a block mask (fastattn/blockmask/lists.py): those of one line, or None in place of all of it."""
+
+    blocks: tl.tensor  # pointer to the first entry: the block, its tile
+    stride: tl.tensor  # from one entry to the next
+    tiles: tl.tensor  # pointer
 
 
 class Scoring(NamedTuple):
@@ -162,6 +170,49 @@ def row_range(n0, n_first, n_last, seqlen_q, interval, BLOCK_M: tl.constexpr, BL
     full_high = tl.maximum(tl.minimum(tl.maximum(full_high, 0) // BLOCK_M * BLOCK_M, block_high), full_low)
     full_high = tl.where(whole, full_high, full_low)
     return block_low, block_high, full_low, full_high
+
+
+@triton.jit
+def listed_line(lines, b, lines_stride_b, head, lines_stride_h, n, blocks, stride, tiles):
+    """(`Listed`, full blocks, all blocks) of line n of the lines of one sequence and head."""
+    line = lines + tl.cast(b, tl.int64) * lines_stride_b + tl.cast(head, tl.int64) * lines_stride_h + 4 * n
+    first = tl.load(line)
+    return (
+        Listed(blocks + first.to(tl.int64) * stride, stride, tiles),
+        tl.load(line + 1) - first,
+        tl.load(line + 2) - first,
+    )
+
+
+@triton.jit
+def nth_line(lines, b, lines_stride_b, head, lines_stride_h, n):
+    """The line that comes n-th when the longest come first."""
+    return tl.load(lines + tl.cast(b, tl.int64) * lines_stride_b + tl.cast(head, tl.int64) * lines_stride_h + 4 * n + 3)
+
+
+@triton.jit
+def step_start(step, gap_at, gap, listed, SIZE: tl.constexpr, LIMIT: tl.constexpr):
+    """Where a step of a walk begins: the step itself, past the gap, or in the block of SIZE that a list has there."""
+    if listed is not None:
+        return tl.load(listed.blocks + step // SIZE * listed.stride) * SIZE + step % SIZE
+    elif LIMIT:
+        return tl.where(step < gap_at, step, step + gap)
+    else:
+        return step
+
+
+@triton.jit
+def tile_keeps(tile, tiles, i, j, MASK_Q: tl.constexpr, MASK_K: tl.constexpr):
+    """Which (i, j) a tile of a block mask keeps."""
+    row = tl.cast(tile, tl.int64) * MASK_Q + i % MASK_Q
+    return (tl.load(tiles + row * (MASK_K // 8) + j % MASK_K // 8) >> (j % 8).to(tl.uint8)) & 1 != 0
+
+
+@triton.jit
+def listed_keeps(listed, step, i, j, SIZE: tl.constexpr, MASK_Q: tl.constexpr, MASK_K: tl.constexpr):
+    """Which (i, j) the block at that step of the list keeps; it has a tile."""
+    tile = tl.load(listed.blocks + step // SIZE * listed.stride + 1)
+    return tile_keeps(tile, listed.tiles, i, j, MASK_Q, MASK_K)
 
 
 @triton.jit

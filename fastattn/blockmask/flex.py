@@ -38,8 +38,8 @@ def check_shape(shape: tuple[int, ...], wanted: tuple[int, int, int, int]) -> No
     """Raise ValueError where a mask of a shape is not for a call with (B, Hq, Sq, Sk) = wanted."""
     if shape[2:] != wanted[2:] or any(m not in (1, s) for m, s in zip(shape[:2], wanted, strict=False)):
         raise ValueError(
-            f"fastattn: attn_mask, a BlockMask, must be made for (B, Hq, Sq, Sk) = {tuple(wanted)} (1 for B or Hq too), "
-            f"got one for {tuple(shape)}"
+            f"fastattn: attn_mask, a BlockMask, must be made for (B, Hq, Sq, Sk) = {tuple(wanted)} "
+            f"(1 for B or Hq too), got one for {tuple(shape)}"
         )
 
 

@@ -19,8 +19,8 @@ ABSENT = -2
 class Lists(NamedTuple):
     """Kept blocks by query block and by key block. Masks of equal heads or batches have one line for all.
 
-    A line of `rows` or `columns` is (first, first partial, end, n-th): where its entries are, full blocks first and each
-    kind in ascending order; and, unrelated, the line that comes n-th when the longest come first.
+    A line of `rows` or `columns` is (first, first partial, end, n-th): where its entries are, full blocks first and
+    both kinds in ascending order; and, unrelated, the line that comes n-th when the longest come first.
     """
 
     rows: Tensor  # (B or 1, H or 1, query blocks, 4) int32
@@ -224,9 +224,7 @@ def _split(entries: Entries, tiles: Tensor, block_q: int, block_k: int) -> tuple
     parts = tiles.unflatten(1, (down, block_q)).unflatten(3, (across, block_k // 8)).transpose(2, 3)
     i = torch.arange(down, device=tiles.device)[:, None].expand(down, across).flatten()
     j = torch.arange(across, device=tiles.device).expand(down, across).flatten()
-    tile = torch.where(
-        entries.tile[:, None] == FULL, FULL, entries.tile[:, None] * (down * across) + (i * across + j)
-    )
+    tile = torch.where(entries.tile[:, None] == FULL, FULL, entries.tile[:, None] * (down * across) + (i * across + j))
     head = entries.head[:, None].expand(-1, down * across)
     finer = Entries(head, entries.row[:, None] * down + i, entries.column[:, None] * across + j, tile)
     return Entries(*(t.flatten() for t in finer)), parts.flatten(0, 2)

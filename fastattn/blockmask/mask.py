@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -19,16 +20,16 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 #: The grid of the C++ kernels' panels; a mask in other blocks is brought to it once.
 CPU_BLOCK = (64, 64)
 
-Index = int | slice
+Index = int | slice | EllipsisType
 
 
 class BlockMask:
-    """A mask over (B or 1, H or 1, Sq, Sk), True where a query sees a key, as lists of the blocks that hold any such pair.
+    """A mask over (B or 1, H or 1, Sq, Sk), True where a query sees a key, as lists of the blocks that hold such pairs.
 
     Passed as `attn_mask` of `attention`, it makes the kernels visit those blocks only. A block in which all pairs are
     kept is full and is computed without a test; the others carry a bit for each pair, so that results are those of the
-    token-level mask exactly. Made by the functions of `fastattn.sparse`, by `from_mask_mod`, `from_dense`, `from_torch`,
-    and from other masks by `&`, `|`, `~` and slicing; never changed.
+    token-level mask exactly. Made by the functions of `fastattn.sparse`, by `from_mask_mod`, `from_dense`,
+    `from_torch`, and from other masks by `&`, `|`, `~` and slicing; never changed.
 
     Attributes:
         shape: (B or 1, H or 1, Sq, Sk).
@@ -38,11 +39,16 @@ class BlockMask:
 
     def __init__(self, made: Lists, seqlen_q: int, seqlen_k: int, *, pattern: Callable[[int], BlockMask] | None = None):
         self.lists = made
-        self.shape = (*made.rows.shape[:2], seqlen_q, seqlen_k)
+        batch, heads = made.rows.shape[:2]
+        self.shape = (batch, heads, seqlen_q, seqlen_k)
         self.block_size = made.block_size
         self._pattern = pattern  # makes the same mask for another length
         self._longer: BlockMask | None = None  # that this one was cut from
         self._on_cpu_grid: Lists | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pattern is a function made on the spot, which cannot be pickled; a copy cannot grow.
+        return self.__dict__ | {"_pattern": None, "_longer": None}
 
     @classmethod
     def from_entries(
@@ -60,7 +66,8 @@ class BlockMask:
         if not 2 <= mask.dim() <= 4:
             raise ValueError(f"fastattn: mask must have shape ([B or 1,] [H or 1,] Sq, Sk), got {tuple(mask.shape)}")
         mask = mask[(None,) * (4 - mask.dim())]
-        grid = Grid(*mask.shape, *check_block_size(block_size))
+        batch, heads, seqlen_q, seqlen_k = mask.shape
+        grid = Grid(batch, heads, seqlen_q, seqlen_k, *check_block_size(block_size))
         return cls.from_entries(*rules.from_dense(mask, grid), grid)
 
     @classmethod
@@ -103,7 +110,8 @@ class BlockMask:
 
     @property
     def grid(self) -> Grid:
-        return Grid(*self.shape, *self.block_size)
+        batch, heads, seqlen_q, seqlen_k = self.shape
+        return Grid(batch, heads, seqlen_q, seqlen_k, *self.block_size)
 
     @property
     def sparsity(self) -> float:
@@ -169,7 +177,9 @@ class BlockMask:
         if other.device != self.device:
             raise ValueError(f"fastattn: masks on {self.device} and {other.device} cannot be combined")
         other = other.with_block_size(self.block_size)
-        batch, heads = (max(a, b) if 0 not in (a, b) else 0 for a, b in zip(self.shape[:2], other.shape[:2], strict=True))
+        batch, heads = (
+            max(a, b) if 0 not in (a, b) else 0 for a, b in zip(self.shape[:2], other.shape[:2], strict=True)
+        )
         grid = self.grid._replace(batch=batch, heads=heads)
         sides = [rules.broadcast(lists.entries_of(m.lists), m.grid, grid) for m in (self, other)]
         tables = [m.lists.tiles for m in (self, other)]
@@ -208,10 +218,14 @@ class BlockMask:
         Queries and keys must start at a multiple of the block size, or the queries lie within one block: so the last
         query of a sequence, which decoding needs, can be had alone.
         """
-        index = index if isinstance(index, tuple) else (index,)
-        if len(index) > 4:
-            raise IndexError(f"fastattn: a BlockMask has 4 axes, got {len(index)} indices")
-        bounds = [_bounds(i, size) for i, size in zip((*index, *[slice(None)] * (4 - len(index))), self.shape, strict=True)]
+        parts = list(index) if isinstance(index, tuple) else [index]
+        if Ellipsis in parts:
+            at = parts.index(Ellipsis)
+            parts[at : at + 1] = [slice(None)] * (5 - len(parts))
+        if len(parts) > 4:
+            raise IndexError(f"fastattn: a BlockMask has 4 axes, got {len(parts)} indices")
+        parts += [slice(None)] * (4 - len(parts))
+        bounds = [_bounds(part, size) for part, size in zip(parts, self.shape, strict=True)]
         return self._part(bounds)
 
     def _part(self, bounds: Sequence[tuple[int, int]]) -> BlockMask:
@@ -237,8 +251,8 @@ class BlockMask:
         """The mask of the same pattern for sequences of another length, Sq = Sk = seq_len.
 
         A shorter mask is cut from this one. A longer one needs a mask that one of `fastattn.sparse`'s functions made
-        (or that `&`, `|`, `~` made of such): it is made for twice the length asked for, and cut; the next lengths are then
-        cut from that one, so that growing token by token builds few masks.
+        (or that `&`, `|`, `~` made of such): it is made for twice the length asked for, and cut; the next lengths are
+        then cut from that one, so that growing token by token builds few masks.
         """
         if seq_len == self.shape[2] == self.shape[3]:
             return self
@@ -268,8 +282,10 @@ _of_flex: WeakKeyDictionary[Any, BlockMask] = WeakKeyDictionary()
 
 
 def of_flex(block_mask: Any) -> BlockMask | None:
-    """flex_attention's BlockMask, converted when it is first seen; None where it has to be expanded instead: in compiled
-    code, and where its blocks are of a size that lists do not have."""
+    """flex_attention's BlockMask, converted when it is first seen.
+
+    None where it has to be expanded instead: in compiled code, and where its blocks are not of our `BLOCK_SIZES`.
+    """
     if torch.compiler.is_compiling() or any(side not in BLOCK_SIZES for side in block_mask.BLOCK_SIZE):
         return None
     found = _of_flex.get(block_mask)

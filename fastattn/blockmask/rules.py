@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastattn.blockmask.lists import ABSENT, FULL, Entries, Grid, pack_bits
+from fastattn.blockmask.lists import FULL, Entries, Grid, pack_bits
 
 ELEMENTS = 1 << 24  # pairs looked at in one piece: a rule has temporaries of eight bytes for each
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -42,9 +42,7 @@ def from_mask_mod(mask_mod: Rule, grid: Grid, device: torch.device) -> tuple[Ent
     return _by_strips(strip, grid, device)
 
 
-def _by_strips(
-    strip: Callable[[Tensor, int, int], Tensor], grid: Grid, device: torch.device
-) -> tuple[Entries, Tensor]:
+def _by_strips(strip: Callable[[Tensor, int, int], Tensor], grid: Grid, device: torch.device) -> tuple[Entries, Tensor]:
     """Kept blocks, from strip(heads, first, last) -> (heads, last - first, Sk) for a row of blocks at a time."""
     found: list[Entries] = []
     tables: list[Tensor] = []
@@ -111,7 +109,9 @@ def from_candidates(
     rows = torch.arange(grid.block_q, device=unknown.device)[:, None]
     keys = torch.arange(grid.block_k, device=unknown.device)
     tiles = []
-    for some in torch.arange(len(asked.row), device=unknown.device).split(max(1, ELEMENTS // (grid.block_q * grid.block_k))):
+    for some in torch.arange(len(asked.row), device=unknown.device).split(
+        max(1, ELEMENTS // (grid.block_q * grid.block_k))
+    ):
         head, row, column = (t[some, None, None] for t in asked[:3])
         keep = rule(head, row * grid.block_q + rows, column * grid.block_k + keys)
         tiles.append(pack_bits(keep.expand(len(some), grid.block_q, grid.block_k)))
@@ -120,5 +120,3 @@ def from_candidates(
     tile = entries.tile.clone()
     tile[unknown] = which
     return entries._replace(tile=tile), table
-
-

@@ -175,20 +175,24 @@ def attn_mask(
         return _mask_tensor(value, shape, like), None
     blocks, tensor = value if isinstance(value, tuple | list) and len(value) == 2 else (value, None)
     if not (isinstance(blocks, BlockMask) or flex.is_block_mask(blocks)) or not isinstance(tensor, Tensor | None):
-        found = f"({', '.join(type(v).__name__ for v in value)})" if isinstance(value, tuple | list) else type(value).__name__
+        found = (
+            f"({', '.join(type(v).__name__ for v in value)})"
+            if isinstance(value, tuple | list)
+            else type(value).__name__
+        )
         raise TypeError(
             f"fastattn: attn_mask must be a torch.Tensor, a BlockMask or a pair (BlockMask, torch.Tensor), got {found}"
         )
     mask = _mask_tensor(tensor, shape, like)
     flex.check_shape(tuple(blocks.shape), shape)
     if not isinstance(blocks, BlockMask):
-        found = of_flex(blocks)
-        if found is None:
+        own = of_flex(blocks)
+        if own is None:
             dense = _mask_tensor(flex.dense_mask(blocks), shape, like)
             if mask is None or dense is None:
                 return dense, None
             return (mask & dense if mask.dtype == torch.bool else mask.masked_fill(~dense, -math.inf)), None
-        blocks = found
+        blocks = own
     if blocks.device != like.device:
         raise ValueError(f"fastattn: attn_mask must be on query's device {like.device}, got {blocks.device}")
     return mask, blocks.kernel_lists(backend)

@@ -28,7 +28,7 @@ class CacheOptions(TypedDict, total=False):
     key_lengths: Required[Tensor]
     block_table: Tensor | None
     rotary: Rotary | None
-    attn_mask: Tensor | BlockMask | None
+    attn_mask: Mask | None
     causal: bool
     window: tuple[int | None, int | None] | None
     key_start: Tensor | None

@@ -21,10 +21,10 @@ from fastattn.errors import UnsupportedError
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
     "Tensor? query_start, Tensor? key_start, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? block_table, Tensor? mask_rows, Tensor? mask_row_blocks, Tensor? mask_columns, Tensor? mask_column_blocks, "
-    "Tensor? mask_tiles, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt? query_offset, "
-    "SymInt? window_left, SymInt? window_right, float scale, float? softcap, float dropout_p, bool deterministic, "
-    "str? backend"
+    "Tensor? block_table, Tensor? mask_rows, Tensor? mask_row_blocks, Tensor? mask_columns, "
+    "Tensor? mask_column_blocks, Tensor? mask_tiles, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "SymInt? query_offset, SymInt? window_left, SymInt? window_right, float scale, float? softcap, float dropout_p, "
+    "bool deterministic, str? backend"
 )
 _library = torch.library.Library("fastattn", "DEF")
 _library.define(f"dense_forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)")

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn.backends import FEATURES, Capability
 from fastattn.dense.append import Appending, allocate_rotated
 from fastattn.dense.problem import Problem, allocate_backward, allocate_forward, unit_rows
+from fastattn.dense.reference import gathered
 from fastattn.dense.triton_launch import (
     INTERPRETED,
     Launch,
@@ -42,7 +43,7 @@ CAPABILITY = Capability(
     devices=frozenset({"cuda", "xpu"} | ({"cpu"} if INTERPRETED else set())),
     dtypes=frozenset({torch.float32, torch.float16} | (set() if INTERPRETED else {torch.bfloat16})),
     max_head_dim=576,  # latent attention's
-    narrower=frozenset({("backward", _MAIN), ("packed", _MAIN)}),
+    narrower=frozenset({("backward", _MAIN), ("packed", _MAIN), ("block_mask", _MAIN)}),
     features=frozenset(FEATURES["dense"]) - {"transforms"},
     unavailable=_unavailable,
 )
@@ -51,16 +52,17 @@ CAPABILITY = Capability(
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Launch the forward: (out, lse)."""
     out, lse = allocate_forward(p)
-    launch = Launch(p)
+    masked = p.mask_rows is not None
+    launch = Launch(gathered(p) if masked else p)  # the kernel that takes block masks takes no pages
     few_rows = launch.longest_q * launch.group <= kernels().config.SPLIT_ROWS
-    if not launch.packed and (few_rows or p.block_table is not None or launch.widths["D"] > _MAIN):
+    if not launch.packed and not masked and (few_rows or p.block_table is not None or launch.widths["D"] > _MAIN):
         _forward_split(launch, out, lse)
         return out, lse
     if launch.packed:  # rows past the last sequence belong to none
         out.zero_()
         lse.fill_(float("-inf"))
-    constants = launch.constants(launch.tile("FORWARD"))
-    tiles = tiles_of(launch.longest_q, constants["BLOCK_M"])
+    constants = launch.masked_constants(launch.tile("FORWARD"))
+    tiles = launch.tiles("rows", constants)
     programs = tiles * launch.heads * launch.sequences
     run(
         kernels().forward.forward_kernel,
@@ -70,6 +72,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         lse,
         *lse.stride()[:2],
         p.sinks,
+        *launch.listed("rows"),
         *launch.limits(),
         launch.heads,
         tiles,
@@ -78,7 +81,6 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         launch.cap,
         launch.threshold,
         launch.dropout_scale,
-        PACKED=launch.packed,
         **constants,
     )
     return out, lse
@@ -254,14 +256,15 @@ def backward(
     shared = (*launch.inputs(), lse, delta, *matrix(grad_out))
     scores = (launch.factor, launch.cap, launch.threshold, launch.dropout_scale)
 
-    constants = launch.constants(launch.tile("KEY_VALUE")) | {"PACKED": launch.packed}
-    tiles = tiles_of(launch.longest_k, constants["BLOCK_N"])
+    constants = launch.masked_constants(launch.tile("KEY_VALUE"))
+    tiles = launch.tiles("columns", constants)
     run(
         kernels().backward.key_value_kernel,
         tiles * p.key.shape[1] * launch.sequences,
         *shared,
         *matrix(grad_key),
         *matrix(grad_value),
+        *launch.listed("columns"),
         *launch.limits(),
         launch.heads,
         tiles,
@@ -270,13 +273,14 @@ def backward(
         *scores,
         **constants,
     )
-    constants = launch.constants(launch.tile("QUERY")) | {"PACKED": launch.packed}
-    tiles = tiles_of(launch.longest_q, constants["BLOCK_M"])
+    constants = launch.masked_constants(launch.tile("QUERY"))
+    tiles = launch.tiles("rows", constants)
     run(
         kernels().backward.query_kernel,
         tiles * launch.heads * launch.sequences,
         *shared,
         *matrix(grad_query),
+        *launch.listed("rows"),
         *launch.limits(),
         launch.heads,
         tiles,
@@ -318,7 +322,7 @@ def _delta(launch: Launch, out: Tensor, grad_out: Tensor, grad_lse: Tensor | Non
 
 
 def _bias_gradient(launch: Launch, shared: tuple, scores: tuple, grad_mask: Tensor) -> None:
-    constants = launch.constants(launch.tile("BIAS")) | {"PACKED": launch.packed}
+    constants = launch.masked_constants(launch.tile("BIAS"))
     tiles_q = tiles_of(launch.longest_q, constants["BLOCK_M"])
     tiles_k = tiles_of(launch.longest_k, constants["BLOCK_N"])
     mask_b, mask_h, mask_q, mask_k = grad_mask.shape
@@ -328,6 +332,7 @@ def _bias_gradient(launch: Launch, shared: tuple, scores: tuple, grad_mask: Tens
         programs,
         *shared,
         *launch.mask(grad_mask),
+        *launch.listed("rows"),
         *launch.limits(),
         launch.heads,
         launch.sequences,

@@ -121,6 +121,15 @@ class Launch:
         p = self.p
         return (self.slopes(), p.query_start, p.key_start, p.key_lengths, p.cu_seqlens_q, p.cu_seqlens_k, p.rng)
 
+    def listed(self, by: str) -> tuple[Tensor | int | None, ...]:
+        """A block mask's lines by "rows" or "columns", with strides, their blocks, and the tiles."""
+        lists = self.p.mask_lists
+        if lists is None:
+            return (None, 0, 0, None, None)
+        lines, blocks = (lists.rows, lists.row_blocks) if by == "rows" else (lists.columns, lists.column_blocks)
+        strides = [0 if lines.shape[axis] == 1 else lines.stride(axis) for axis in (0, 1)]
+        return (lines, *strides, blocks, lists.tiles)
+
     def tile(self, table: str) -> Any:
         """The `Config` of the problem in one of the tables of kernels/dense_config.py."""
         config = kernels().config
@@ -128,6 +137,26 @@ class Launch:
         # The interpreter pays by the operation: it takes the larger tiles of 16-bit elements.
         itemsize = 2 if INTERPRETED else self.query.element_size()
         return config.config(getattr(config, table), width, itemsize, compute_capability(self.query.device))
+
+    def tiles(self, by: str, constants: dict[str, Any]) -> int:
+        """Tiles of rows, or of columns of keys: with a block mask whole blocks of them, since they come in its order."""
+        length, block = (self.longest_q, "BLOCK_M") if by == "rows" else (self.longest_k, "BLOCK_N")
+        lists = self.p.mask_lists
+        if lists is None:
+            return tiles_of(length, constants[block])
+        lines, size = (lists.rows, "MASK_Q") if by == "rows" else (lists.columns, "MASK_K")
+        return lines.shape[2] * (constants[size] // constants[block])
+
+    def masked_constants(self, tile: Any) -> dict[str, Any]:
+        """`constants` of the kernels that take packed sequences and block masks: a tile lies within a mask's block."""
+        p, lists = self.p, self.p.mask_lists
+        mask_q, mask_k = (0, 0) if lists is None else lists.block_size
+        if lists is not None:
+            tile = tile._replace(block_m=min(tile.block_m, mask_q), block_n=min(tile.block_n, mask_k))
+        limits = (p.window_left, p.window_right, p.key_start, p.key_lengths, p.cu_seqlens_k)
+        limited = lists is not None and any(limit is not None for limit in limits)
+        constants = {"PACKED": self.packed, "MASK_Q": mask_q, "MASK_K": mask_k, "LIMITED": limited}
+        return self.constants(tile) | constants
 
     def constants(self, tile: Any) -> dict[str, Any]:
         # Tensor cores take float32 as tf32, which is less than float32, so only where torch itself may.

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 Mask = Literal["bool", "bias", "bias_float32"]
 Fill = Literal["random", "empty_rows", "neg_inf", "finite_mask"]
 Layout = Literal["bhsd", "bshd", "packed_qkv", "sliced", "expanded"]
+Blocks = Literal["random", "band", "global", "empty_rows", "none"]
 Window = tuple[int | None, int | None]
 
 
@@ -32,6 +33,11 @@ class Case:
         mask_fill: what it holds. "empty_rows": some rows keep no key. "neg_inf": some entries are -inf.
             "finite_mask": some entries are -1e4, as models write that mask in float16.
         mask_grad: whether the gradient of the bias is asked for.
+        blocks: what a ``BlockMask`` keeps, beside ``mask``. "random": blocks, some full, of others random pairs.
+            "band": keys near the diagonal. "global": those, and the first rows and columns. "empty_rows": random
+            blocks, but rows and whole blocks of rows keep no key. "none": nothing.
+        block_size: queries and keys of its blocks.
+        block_axes: "BH", "B1", "1H" or "11": whether each sequence and head has its own.
         alibi: shape of ``alibi_slopes``, "H" or "BH".
         sinks: whether each head has a sink (with gradient).
         lse: whether the LSE is returned, compared and differentiated.
@@ -61,6 +67,9 @@ class Case:
     mask_shape: str = "BHQK"
     mask_fill: Fill = "random"
     mask_grad: bool = True
+    blocks: Blocks | None = None
+    block_size: tuple[int, int] = (64, 64)
+    block_axes: str = "11"
     scale: float | None = None
     softcap: float | None = None
     alibi: Literal["H", "BH"] | None = None
@@ -110,6 +119,7 @@ class Case:
             "bool_mask": self.mask == "bool",
             "float_bias": self.mask not in (None, "bool"),
             "bias_grad": self.mask not in (None, "bool") and self.mask_grad,
+            "block_mask": self.blocks is not None,
             "lse_grad": self.lse and self.page_size is None,
             "gqa": self.hkv != self.heads,
             "value_dim": self.dv != self.head_dim,
@@ -344,6 +354,7 @@ _PAGED = [
     _paged("paged_chunk", 32, 5, (100, 64), k_len=100, causal=True, head_dim=80),
     _paged("paged_small_pages", 3, 7, (70, 8), k_len=70, window=(20, 2)),
     _paged("paged_ragged", 64, 9, (200, 0, 64, 5), k_len=200, heads=4, kv_heads=2, value_dim=33, causal=True),
+    _paged("paged_blocks", 16, 5, (96, 50), k_len=96, blocks="random", block_size=(16, 32), block_axes="B1"),
     _paged("paged_bias", 16, 6, (96, 50), k_len=96, mask="bias", mask_shape="B1QK", mask_grad=False),
     _paged(
         "paged_extras",
@@ -361,6 +372,47 @@ _PAGED = [
     ),
 ]
 
+_BLOCKS = [
+    Case("blocks", q_len=200, k_len=200, blocks="random"),
+    Case("blocks_16", q_len=70, k_len=100, blocks="random", block_size=(16, 16), block_axes="BH", lse=True),
+    Case("blocks_32x128", q_len=127, k_len=200, blocks="random", block_size=(32, 128), block_axes="1H"),
+    Case("blocks_256", batch=1, q_len=300, k_len=300, head_dim=32, blocks="band", block_size=(256, 256)),
+    Case("blocks_band_causal", q_len=200, k_len=200, blocks="band", causal=True, lse=True),
+    Case("blocks_global", q_len=200, k_len=200, blocks="global", block_size=(32, 32), value_dim=33),
+    Case(
+        "blocks_empty_rows", q_len=150, k_len=127, blocks="empty_rows", block_size=(32, 64), block_axes="B1", lse=True
+    ),
+    Case("blocks_none", q_len=65, k_len=70, blocks="none", lse=True, sinks=True),
+    Case("blocks_gqa", heads=4, kv_heads=2, q_len=130, k_len=130, blocks="random", block_axes="1H", deterministic=True),
+    Case("blocks_decode", heads=4, kv_heads=2, q_len=1, k_len=300, blocks="random", block_axes="1H", lse=True),
+    Case("blocks_bias", q_len=100, k_len=130, blocks="random", block_axes="BH", mask="bias", mask_shape="HQK"),
+    Case("blocks_bias_rows", q_len=100, k_len=130, blocks="global", mask="bias", mask_shape="1HQ1", sinks=True),
+    Case("blocks_bool", q_len=100, k_len=130, blocks="band", mask="bool", mask_shape="B11K", lse=True),
+    Case("blocks_packed", packed=((65, 1, 130), (65, 9, 130)), blocks="random", block_axes="B1", causal=True),
+    Case(
+        "blocks_everything",
+        heads=4,
+        kv_heads=2,
+        q_len=130,
+        k_len=140,
+        blocks="random",
+        block_axes="BH",
+        block_size=(32, 64),
+        causal=True,
+        window=(90, None),
+        query_start=(30, 25),
+        key_start=(5, 0),
+        key_lengths=(140, 90),
+        mask="bias",
+        mask_shape="HQK",
+        softcap=4.0,
+        alibi="H",
+        sinks=True,
+        dropout_p=0.1,
+        lse=True,
+    ),
+]
+
 GRID: tuple[Case, ...] = (
     Case("full"),
     *_LENGTHS,
@@ -374,5 +426,6 @@ GRID: tuple[Case, ...] = (
     *_EMPTY,
     *_PACKED,
     *_PAGED,
+    *_BLOCKS,
 )
 """Every case, in the order in which a report lists them."""

@@ -67,6 +67,8 @@ def zeros(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         allowed = p.seen.expand(p.query.shape[0], p.query.shape[1], *p.seen.shape[2:])
         if p.mask is not None:
             allowed = allowed & (p.mask if p.mask.dtype == torch.bool else p.mask != -torch.inf)
+        if p.blocks is not None:
+            allowed = allowed & p.blocks
         rows.append(~allowed.any(3)[..., None])
         keys.append(~allowed.any(2).unflatten(1, (case.hkv, -1)).any(2)[..., None])
     row, key = join(case, rows, rows_at=2), join(case, keys, rows_at=2)
@@ -134,13 +136,13 @@ def allowed(
     inputs: Inputs,
     truth: Mapping[str, Tensor],
     naive_errors: Mapping[str, float],
-    delegate: bool,
+    reordered: bool,
 ) -> dict[str, float]:
     """The largest error that each result and gradient may have; see `fastattn.verify.family.Family.allowed`."""
     dtype = inputs.query.dtype
     with torch.no_grad():
         lse = naive(replace(case, lse=True), inputs.to(torch.float64), seed=0)["lse"]
-    reordered = delegate or case.longest[0] <= DECODED_ROWS
+    reordered = reordered or case.longest[0] <= DECODED_ROWS
     rows = case.sequences * case.heads * case.longest[0]
     summed = {"grad_attn_mask": rows * case.longest[1], "grad_sinks": rows}
     bars = {}

@@ -68,7 +68,7 @@ class Family(Protocol):
         inputs: Any,
         truth: Mapping[str, Tensor],
         naive_errors: Mapping[str, float],
-        delegate: bool,
+        reordered: bool,
     ) -> dict[str, float]:
         """The largest error that each result and gradient may have.
 
@@ -76,7 +76,7 @@ class Family(Protocol):
             inputs: in the dtype under test.
             truth: every result and gradient in float64, by name.
             naive_errors: of plain PyTorch math in that dtype, by name: the largest of its ways.
-            delegate: of PyTorch's own kernels.
+            reordered: of a backend whose backward may sum a score in another order than its forward did.
         """
 
     def zeros(self, case: Any, inputs: Any) -> dict[str, Tensor]:

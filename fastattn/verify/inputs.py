@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.blockmask import BlockMask
 from fastattn.verify.cases import Case
 from fastattn.verify.naive import Dense, distances, visible_keys
 
@@ -26,6 +27,7 @@ class Inputs:
     alibi_slopes: Tensor | None
     grad_out: Tensor
     grad_lse: Tensor
+    block_mask: Tensor | None = None  # what a BlockMask keeps, (B or 1, H or 1, Sq, Sk) bool
     block_table: Tensor | None = None  # with it, key and value are pages
 
     def to(self, dtype: torch.dtype) -> Inputs:
@@ -65,6 +67,29 @@ def _random_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> 
     return bias.to(torch.float32 if case.mask == "bias_float32" and dtype != torch.float64 else dtype)
 
 
+def _random_blocks(case: Case, generator: torch.Generator) -> Tensor | None:
+    if case.blocks is None:
+        return None
+    q_len, k_len = case.longest
+    batch, heads = case.sequences if case.block_axes[0] == "B" else 1, case.heads if case.block_axes[1] == "H" else 1
+    if case.blocks in ("band", "global", "none"):
+        row, key = torch.arange(q_len)[:, None], torch.arange(k_len)
+        keep = (row + k_len - q_len - key).abs() <= (-1 if case.blocks == "none" else 40)
+        keep |= (case.blocks == "global") & ((row < 8) | (key < 8))
+        return keep.expand(batch, heads, q_len, k_len)
+    rows, columns = (-(-length // size) for length, size in zip(case.longest, case.block_size, strict=True))
+    kept, full = (torch.rand((batch, heads, rows, columns), generator=generator) < share for share in (0.6, 0.5))
+    if case.blocks == "empty_rows":
+        kept[:, :, 1::3] = False
+
+    def spread(blocks: Tensor) -> Tensor:
+        wide = blocks.repeat_interleave(case.block_size[0], 2).repeat_interleave(case.block_size[1], 3)
+        return wide[:, :, :q_len, :k_len]
+
+    keep = spread(kept) & (spread(full) | (torch.rand((batch, heads, q_len, k_len), generator=generator) < 0.6))
+    return keep & (torch.arange(q_len) % 5 != 2)[:, None] if case.blocks == "empty_rows" else keep
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int) -> Inputs:
     """Unit-normal tensors (query and key times ``case.magnitude``) drawn on the CPU from ``seed``."""
     generator = torch.Generator().manual_seed(seed)
@@ -91,6 +116,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
         slopes = torch.rand((case.sequences, case.heads) if case.alibi == "BH" else (case.heads,), generator=generator)
         slopes = slopes.to(device)
     mask = _random_mask(case, dtype, generator)
+    blocks = _random_blocks(case, generator)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return Inputs(
         query=(query * case.magnitude).to(device, dtype),
@@ -101,6 +127,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
         alibi_slopes=slopes,
         grad_out=grad_out.to(device, dtype),
         grad_lse=grad_lse.to(device, wide),
+        block_mask=None if blocks is None else blocks.to(device),
     )
 
 
@@ -122,6 +149,7 @@ def problems(case: Case, inputs: Inputs, kept: list[Tensor] | None = None) -> li
                 inputs.value,
                 seen=(torch.stack(seen) if seen else empty.bool())[:, None],
                 mask=inputs.attn_mask,
+                blocks=inputs.block_mask,
                 slopes=slopes,
                 distance=(torch.stack(distance) if distance else empty.long())[:, None],
                 sinks=inputs.sinks,
@@ -131,18 +159,22 @@ def problems(case: Case, inputs: Inputs, kept: list[Tensor] | None = None) -> li
     found = []
     row = column = 0
     for b, (q_len, k_len) in enumerate(lengths):
-        mask = inputs.attn_mask
-        if mask is not None:
+
+        def of_sequence(mask: Tensor | None, b: int = b, q_len: int = q_len, k_len: int = k_len) -> Tensor | None:
+            if mask is None:
+                return None
             mask = mask[b : b + 1] if mask.shape[0] > 1 else mask
             mask = mask[:, :, :q_len] if mask.shape[2] > 1 else mask
-            mask = mask[..., :k_len] if mask.shape[3] > 1 else mask
+            return mask[..., :k_len] if mask.shape[3] > 1 else mask
+
         found.append(
             Dense(
                 inputs.query[row : row + q_len].transpose(0, 1)[None],
                 inputs.key[column : column + k_len].transpose(0, 1)[None],
                 inputs.value[column : column + k_len].transpose(0, 1)[None],
                 seen=seen[b][None, None],
-                mask=mask,
+                mask=of_sequence(inputs.attn_mask),
+                blocks=of_sequence(inputs.block_mask),
                 slopes=None if slopes is None else slopes[b : b + 1],
                 distance=distance[b][None, None],
                 sinks=inputs.sinks,
@@ -162,8 +194,19 @@ def join(case: Case, parts: list[Tensor], rows_at: int) -> Tensor:
 
 
 def poison(case: Case, inputs: Inputs) -> Inputs:
-    """NaN in every key and value that the interval of no row contains."""
-    unseen = join(case, [~p.seen.any(2)[..., None] for p in problems(case, inputs)], rows_at=2)
+    """NaN in every key and value that the interval of no row contains, or that lies in blocks that no row keeps."""
+
+    seen = [p.seen.any(2) for p in problems(case, inputs)]
+    if inputs.block_mask is not None:
+        kept, size = inputs.block_mask.any(2), case.block_size[1]
+        kept = torch.nn.functional.pad(kept, (0, -kept.shape[2] % size)).unflatten(2, (-1, size)).any(3)
+        kept = kept.repeat_interleave(size, 2).expand(case.sequences, case.heads, -1)
+        kept = kept.unflatten(1, (case.hkv, -1)).any(2)[..., : inputs.block_mask.shape[3]]
+        each = (
+            [kept] if case.packed is None else [k[..., : s.shape[-1]] for k, s in zip(kept.split(1), seen, strict=True)]
+        )
+        seen = [s & k for s, k in zip(seen, each, strict=True)]
+    unseen = join(case, [~s[..., None] for s in seen], rows_at=2)
     nan = float("nan")
     return replace(inputs, key=inputs.key.masked_fill(unseen, nan), value=inputs.value.masked_fill(unseen, nan))
 
@@ -226,8 +269,12 @@ def options(case: Case, inputs: Inputs) -> dict[str, Any]:
     def per_sequence(value: int | tuple[int, ...] | None) -> int | Tensor | None:
         return torch.tensor(value, dtype=torch.int32, device=device) if isinstance(value, tuple) else value
 
+    mask: Any = inputs.attn_mask
+    if inputs.block_mask is not None:
+        blocks = BlockMask.from_dense(inputs.block_mask, block_size=case.block_size)
+        mask = blocks if mask is None else (blocks, mask)
     chosen = {
-        "attn_mask": inputs.attn_mask,
+        "attn_mask": mask,
         "causal": case.causal,
         "window": case.window,
         "query_start": per_sequence(case.query_start),

@@ -48,8 +48,8 @@ class Dense:
     """The tensors of one dense problem, all explicit.
 
     query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv); seen (B, 1, Sq, Sk) bool; mask: bool or float,
-    broadcasting to (B, Hq, Sq, Sk); slopes (B, Hq); distance (B, 1, Sq, Sk); sinks (Hq,); kept: the dropout's
-    (B, Hq, Sq, Sk) bool.
+    broadcasting to (B, Hq, Sq, Sk); blocks: bool, likewise, what a block mask keeps; slopes (B, Hq); distance
+    (B, 1, Sq, Sk); sinks (Hq,); kept: the dropout's (B, Hq, Sq, Sk) bool.
     """
 
     query: Tensor
@@ -57,6 +57,7 @@ class Dense:
     value: Tensor
     seen: Tensor
     mask: Tensor | None = None
+    blocks: Tensor | None = None
     slopes: Tensor | None = None
     distance: Tensor | None = None
     sinks: Tensor | None = None
@@ -81,6 +82,8 @@ def naive_attention(
     elif p.mask is not None:
         scores = scores + p.mask
         seen = seen & (p.mask.detach() != -torch.inf)
+    if p.blocks is not None:
+        seen = seen & p.blocks
     seen = seen.expand(scores.shape)
     if p.sinks is not None:
         sinks = p.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)

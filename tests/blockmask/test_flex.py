@@ -28,7 +28,7 @@ def elementwise(rule: Callable[..., Any], shape: tuple[int, int, int, int]) -> T
 
 
 def rules() -> dict[str, Callable[..., Any]]:
-    document = torch.randint(0, 3, (2, 40))
+    document = torch.randint(0, 3, (2, 70))
     return {
         "causal": lambda b, h, i, j: i >= j,
         "window": lambda b, h, i, j: (i - j).abs() <= 5,

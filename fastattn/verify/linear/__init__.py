@@ -124,7 +124,7 @@ def allowed(
     inputs: Inputs,
     truth: Mapping[str, Tensor],
     naive_errors: Mapping[str, float],
-    delegate: bool,
+    reordered: bool,
 ) -> dict[str, float]:
     """The largest error that each result and gradient may have; see `fastattn.verify.family.Family.allowed`."""
     dtype, cancelled = inputs.query.dtype, cancellation_errors(case, inputs)
