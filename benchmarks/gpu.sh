@@ -10,6 +10,7 @@
 #   verify         all feature grids on every backend, recorded in OUT_DIR as the hardware ledger does
 #   bench          the GPU preset of `fastattn bench`, and what a call costs the host
 #   linear_bench   linear attention beside flash-linear-attention, where that is installed
+#   sparse_bench   attention over block masks, by density and pattern, beside flex_attention and the dense kernel
 #   mechanisms     softmax attention and what stands in for it, by length: time, and memory of a layer
 #   memory         memory by length, to 128k tokens, and a whole model before and after
 #   sanitize       some of the feature grid under compute-sanitizer: no kernel reads or writes out of bounds
@@ -20,7 +21,7 @@
 set -u -o pipefail
 
 readonly LIMIT_S=540
-readonly ALL=(install tests linear_verify verify bench linear_bench mechanisms memory sanitize)
+readonly ALL=(install tests linear_verify verify bench linear_bench sparse_bench mechanisms memory sanitize)
 
 usage() {
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
@@ -72,7 +73,7 @@ part_install() {
 }
 
 part_tests() {
-    local select=(tests/dense tests/linear tests/integrations/test_sdpa.py -k "triton or cuda" -p no:cacheprovider)
+    local select=(tests/dense tests/linear tests/sparse tests/integrations/test_sdpa.py -k "triton or cuda" -p no:cacheprovider)
     if [ -n "$DRY" ]; then
         # The interpreter's tests are part of the ordinary ones; here it counts that they can be found.
         run "$PYTHON" -m pytest --collect-only -q "${select[@]}" || [ $? -eq 5 ]
@@ -96,7 +97,8 @@ part_linear_verify() {
 part_verify() {
     if [ -n "$DRY" ]; then
         # Not recorded: a record times the machine's best backend, at lengths that take the interpreter hours.
-        fastattn verify --backend triton --dtype float32,float16 --device cpu --case lengths_63x65 --case paged_decode
+        fastattn verify --backend triton --dtype float32,float16 --device cpu --case lengths_63x65 --case paged_decode \
+            --case blocks_gqa
         return
     fi
     fastattn verify --record --ledger "$OUT"
@@ -112,7 +114,7 @@ part_sanitize() {
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
     run compute-sanitizer --error-exitcode 1 "${command[@]}" --device cuda --case lengths --case key_lengths \
-        --case packed --case paged --case gqa_bias --case everything
+        --case packed --case paged --case gqa_bias --case everything --case blocks_everything
 }
 
 part_bench() {
@@ -126,14 +128,18 @@ part_bench() {
     fastattn bench --preset gpu --device cuda "${files[@]}"
 }
 
-part_linear_bench() {
-    local files=(--json "$OUT/linear_bench.json" --csv "$OUT/linear_bench.csv")
-    rm -f "$OUT/linear_bench.csv"
+part_linear_bench() { bench_family linear; }
+
+part_sparse_bench() { bench_family sparse; }
+
+bench_family() {
+    local files=(--json "$OUT/$1_bench.json" --csv "$OUT/$1_bench.csv")
+    rm -f "$OUT/$1_bench.csv"
     if [ -n "$DRY" ]; then
-        fastattn bench --preset linear-gpu-dry --device cpu "${files[@]}"
+        fastattn bench --preset "$1-gpu-dry" --device cpu "${files[@]}"
         return
     fi
-    fastattn bench --preset linear-gpu --device cuda "${files[@]}"
+    fastattn bench --preset "$1-gpu" --device cuda "${files[@]}"
 }
 
 part_mechanisms() {

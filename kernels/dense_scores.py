@@ -204,8 +204,8 @@ def step_start(step, gap_at, gap, listed, SIZE: tl.constexpr, LIMIT: tl.constexp
 @triton.jit
 def tile_keeps(tile, tiles, i, j, MASK_Q: tl.constexpr, MASK_K: tl.constexpr):
     """Which (i, j) a tile of a block mask keeps."""
-    row = tl.cast(tile, tl.int64) * MASK_Q + i % MASK_Q
-    return (tl.load(tiles + row * (MASK_K // 8) + j % MASK_K // 8) >> (j % 8).to(tl.uint8)) & 1 != 0
+    bits = tiles + tl.cast(tile, tl.int64) * (MASK_Q * MASK_K // 8)
+    return (tl.load(bits + i % MASK_Q * (MASK_K // 8) + j % MASK_K // 8) >> (j % 8).to(tl.uint8)) & 1 != 0
 
 
 @triton.jit

@@ -32,6 +32,7 @@ import fastattn
 from fastattn.dense import triton as backend
 from fastattn.dense import triton_launch
 from fastattn.linear import triton as linear_backend
+from fastattn.sparse import sliding_window
 
 SHARED_MEMORY_KIB = {80: 163, 90: 227}
 RECORD = Path(__file__).with_name("triton_resources.txt")
@@ -136,6 +137,7 @@ PROBLEMS: dict[str, Callable[[int, torch.dtype], None]] = {
     "window": partial(train, options=lambda: {"window": (100, 20)}),
     "grouped": partial(train, options=lambda: {"causal": True, "kv_heads": 1}),
     "packed": train_packed,
+    "blocks": partial(train, options=lambda: {"attn_mask": sliding_window(LENGTH, window=100)}),
     "bool mask": partial(train, options=lambda: {"attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool)}),
     "bias": partial(train, options=lambda: {"attn_mask": draw(4, LENGTH, LENGTH)}),
     "softcap": partial(train, options=lambda: {"softcap": 30.0}),
@@ -168,6 +170,7 @@ def calls() -> list[Call]:
         bfloat16 = [(problem, d) for problem in ("full", "causal") for d in (64, 128, 256)]
         bfloat16 += [("decode", d) for d in (64, 128, 256, 512)]
         bfloat16 += [("causal", 512), ("bias", 64), ("bias", 512), ("latent", 576)]
+        bfloat16 += [("blocks", 64)]
         bfloat16 += [(problem, 128) for problem in (FEATURES if capability == 90 else ())]
         float32 = [(problem, d) for problem in ("causal", "decode") for d in (64, 256, 512)]
         bfloat16 += [(problem, d) for problem in LINEAR for d in (64, 128)]

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "blocks.h"
+
 #define FASTATTN_ISA_NAMESPACE core_tests
 #include "../cpu/numeric.h"
 
@@ -126,7 +128,7 @@ Answer oracle(const DenseParams& p, int64_t mask_size) {
         double highest = sink;
         for (int64_t j = 0; j < count; ++j) {
           const size_t at = size_t(j);
-          if (!in_reach(p, b, i, j)) continue;
+          if (!in_reach(p, b, i, j) || !mask_keeps(p, b, h, i, j)) continue;
           const double mask = p.attn_mask.data ? read(p.attn_mask, p.mask_dtype, b, h, i, j) : 1;
           if (p.attn_mask.data && (p.mask_dtype == Dtype::kBool ? mask == 0 : mask == -kInfinity)) continue;
           if (key[at].empty()) {

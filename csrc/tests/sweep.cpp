@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "blocks.h"
 #include "check.h"
 #include "oracle.h"
 #include "tensor.h"
@@ -46,6 +47,7 @@ class Case {
     draw_positions();
     draw_inputs();
     draw_features();
+    draw_blocks();
     hide_the_unseen();
     draw_gradients();
   }
@@ -203,19 +205,46 @@ class Case {
     }
   }
 
-  // Keys outside every row's interval may be memory that was never written.
+  // Blocks, rows and columns that see all or nothing, a band, and single pairs.
+  void draw_blocks() {
+    if (!random_.chance(0.35)) return;
+    const int64_t batch = random_.chance(0.5) ? p_.batch : 1, heads = random_.chance(0.5) ? p_.heads_q : 1;
+    const uint64_t key = random_.bits();
+    const int64_t band = random_.integer(0, 200), share = random_.integer(0, 8);
+    const bool pairs = random_.chance(0.5);
+    const auto chosen = [key](int64_t a, int64_t b, int64_t c, int64_t d) {  // a number from 0 to 7
+      uint64_t x = key ^ (uint64_t(a) * 0x9E3779B97F4A7C15u) ^ (uint64_t(b) << 40) ^ (uint64_t(c) << 20) ^ uint64_t(d);
+      x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+      return int64_t((x ^ (x >> 27)) * 0x94D049BB133111EBu >> 61);
+    };
+    blocks_ = BlockLists(batch, heads, p_.seqlen_q, p_.seqlen_k, [&](int64_t b, int64_t h, int64_t i, int64_t j) {
+      const int64_t head = b * heads + h, kind = chosen(head, i / 64, j / 64, 1);
+      if (i % 64 == 7 && kind < 4) return false;
+      if (std::abs(i - j) < band && chosen(head, 0, 0, 2) < 4) return true;
+      return kind < share && (!pairs || kind % 2 || chosen(head, i, j, 3) < 5);
+    });
+    blocks_.set(p_);
+  }
+
+  // Keys outside every row's interval, or that no row keeps in its block mask, may be memory that was never written.
   void hide_the_unseen() {
     for (int64_t b = 0; b < p_.batch; ++b)
       for (int64_t j = 0; j < rows_of(p_.key, b, p_.seqlen_k); ++j) {
-        bool seen = false;
-        for (int64_t i = 0; i < rows_of(p_.query, b, p_.seqlen_q) && !seen; ++i) seen = in_reach(p_, b, i, j);
-        for (int64_t h = 0; h < p_.heads_kv && !seen; ++h)
+        bool within = false;
+        for (int64_t i = 0; i < rows_of(p_.query, b, p_.seqlen_q) && !within; ++i) within = in_reach(p_, b, i, j);
+        for (int64_t h = 0; h < p_.heads_kv; ++h) {
+          const int64_t group = p_.heads_q / p_.heads_kv;
+          bool seen = false;
+          for (int64_t r = 0; within && r < group * p_.seqlen_q && !seen; ++r)
+            seen = mask_keeps(p_, b, h * group + r / p_.seqlen_q, r % p_.seqlen_q, j);
+          if (seen) continue;
           for (Tensor* tensor : {&key_, &value_}) {
             if (paged_)
               tensor->poison_row(table_[size_t(b * p_.block_table_stride + j / p_.page_size)], h, j % p_.page_size);
             else
               tensor->poison_row(b, h, j);
           }
+        }
       }
   }
 
@@ -291,10 +320,10 @@ class Case {
   std::string text() const {
     char line[400];
     std::snprintf(line, sizeof line,
-                  "seed %llu, %s, %s, batch %d, heads %d/%d, lengths %d/%d, head dims %d/%d,%s%s%s%s%s%s%s%s scale %g",
+                  "seed %llu, %s, %s, batch %d, heads %d/%d, lengths %d/%d, head dims %d/%d,%s%s%s%s%s%s%s%s%s scale %g",
                   (unsigned long long)seed_, kernels_in_use().isa, name_of(p_.dtype), int(p_.batch), int(p_.heads_q),
                   int(p_.heads_kv), int(p_.seqlen_q), int(p_.seqlen_k), int(p_.head_dim), int(p_.head_dim_v),
-                  packed_ ? " packed," : "", paged_ ? " paged," : "", p_.attn_mask.data ? " mask," : "",
+                  packed_ ? " packed," : "", paged_ ? " paged," : "", p_.mask_rows.data ? " blocks," : "", p_.attn_mask.data ? " mask," : "",
                   p_.softcap > 0 ? " softcap," : "", p_.alibi_slopes.data ? " alibi," : "",
                   p_.sinks.data ? " sinks," : "", p_.rng ? " dropout," : "", p_.grad_lse.data ? " grad_lse," : "",
                   p_.scale);
@@ -309,6 +338,7 @@ class Case {
   std::vector<int32_t> first_query_, first_key_, query_start_, key_start_, key_lengths_, table_;
   double largest_out_ = 0;
   int64_t rng_[2] = {0, 0}, mask_sizes_[4] = {0, 0, 0, 0};
+  BlockLists blocks_;
   Tensor query_, key_, value_, mask_, slopes_, sinks_, out_, lse_;
   Tensor grad_out_, grad_lse_, grad_query_, grad_key_, grad_value_, grad_sinks_, grad_mask_;
 };

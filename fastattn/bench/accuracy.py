@@ -8,6 +8,7 @@ reference value, so one number serves outputs and gradients.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def naive_rows(
     causal: bool,
     window: int | None = None,
     bias_RS: Tensor | None = None,
+    keep_RS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(probabilities (R, S), out (R, D)) of the given query rows of one head, in the tensors' own dtype."""
     scores_RS = (q_RD @ k_SD.mT) / math.sqrt(q_RD.shape[-1])
@@ -51,6 +53,8 @@ def naive_rows(
         ahead_RS = torch.arange(k_SD.shape[0], device=q_RD.device)[None, :] - positions_R[:, None]
         hidden_RS = ahead_RS > 0 if window is None else (ahead_RS > 0) | (ahead_RS < -window)
         scores_RS = scores_RS.masked_fill_(hidden_RS, -torch.inf)
+    if keep_RS is not None:
+        scores_RS = scores_RS.masked_fill_(~keep_RS, -torch.inf)
     p_RS = scores_RS.softmax(-1)
     return p_RS, p_RS @ v_SD
 
@@ -65,6 +69,7 @@ def one_head(
     chunk: int,
     window: int | None = None,
     bias_SS: Tensor | None = None,
+    keeps: Callable[[Tensor], Tensor | None] = lambda rows: None,
 ) -> dict[str, Tensor]:
     """Attention of one head and, with `do_SD`, its gradients, by their formulas, `chunk` rows at a time.
 
@@ -78,7 +83,9 @@ def one_head(
         keys = int(index_R[-1]) + 1 if causal else k_SD.shape[0]
         q_RD, k_KD, v_KD = q_SD[index_R], k_SD[:keys], v_SD[:keys]
         bias_RK = None if bias_SS is None else bias_SS[index_R, :keys]
-        p_RK, o_RD = naive_rows(q_RD, k_KD, v_KD, index_R, causal, window, bias_RK)
+        keep_RS = keeps(index_R)
+        keep_RK = None if keep_RS is None else keep_RS[:, :keys]
+        p_RK, o_RD = naive_rows(q_RD, k_KD, v_KD, index_R, causal, window, bias_RK, keep_RK)
         out.append(o_RD)
         if do_SD is None:
             continue
@@ -167,7 +174,7 @@ class DenseJudge:
     def _compute(self, dtype: torch.dtype, chunk: int, length: int | None = None) -> dict[str, Tensor]:
         rows = None if length else self._rows
         bias = None if self._bias is None else self._bias[:length, :length].to(dtype)
-        mask = (self._problem.causal, rows, chunk, self._problem.window, bias)
+        mask = (self._problem.causal, rows, chunk, self._problem.window, bias, self._problem.keeps)
         grad_bias = []
         # A bias makes every batch count; else the last one alone is looked at.
         for heads in zip(*(t if self._bias is not None else t[-1:] for t in self._heads), strict=True):

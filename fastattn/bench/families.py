@@ -11,6 +11,8 @@ from fastattn.bench import suites
 from fastattn.bench.case import Case, Implementation
 from fastattn.bench.linear import suites as linear
 from fastattn.bench.linear.problem import LinearProblem
+from fastattn.bench.sparse import suites as sparse
+from fastattn.bench.sparse.problem import SparseProblem
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,14 @@ FAMILIES = {
         ("naive", "torch", "fla", "sdpa", "flash"),
         {"naive": "naive", "torch": "torch", "fla": "FLA"},
         "torch",
+    ),
+    "sparse": Family(
+        SparseProblem,
+        sparse.implementation,
+        sparse.default_implementations,
+        ("naive", "sdpa", "flex", "dense"),
+        {"naive": "naive", "sdpa": "SDPA", "flex": "flex", "dense": "dense"},
+        "dense",
     ),
 }
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette (2008), which the common kinds of colour blindness can tell apart; markers differ as well.
 STYLES = {
     "naive": ("#D55E00", "o"),
+    "dense": ("#000000", "X"),
     "sdpa": ("#0072B2", "s"),
     "fastattn": ("#009E73", "D"),
     "original": ("#D55E00", "o"),
@@ -290,6 +291,7 @@ def plot_results(results: Results, directory: Path) -> list[Path]:
     widths a picture of their distance from softmax attention.
     """
     from fastattn.bench.linear.plots import approximation_rows, plot_approximation
+    from fastattn.bench.sparse.plots import density_rows, plot_density
 
     facts = headline(results.environment).replace("\n", " | ")
     written = []
@@ -302,6 +304,10 @@ def plot_results(results: Results, directory: Path) -> list[Path]:
     if widths:
         title = "Distance from softmax attention by width"
         written.append(save(plot_approximation(widths, title), directory / "approximation.png", title, facts))
+    densities = density_rows(results.rows)
+    if densities:
+        title = "Time by the share of blocks kept"
+        written.append(save(plot_density(densities, title), directory / "density.png", title, facts))
     lines = _with_lengths([row for row in results.rows if row.problem.lines_up and row not in widths])
     names = list(dict.fromkeys(row.implementation for row in lines))
     head_dims = list(dict.fromkeys(row.problem.head_dim for row in lines))

@@ -10,6 +10,7 @@ from fastattn.bench.case import grid
 from fastattn.bench.linear.presets import LINEAR_PRESETS
 from fastattn.bench.peers import PEERS
 from fastattn.bench.preset import Preset
+from fastattn.bench.sparse.presets import SPARSE_PRESETS
 from fastattn.bench.suites import Problem
 from fastattn.bench.targets import Target, fraction, gradient_error_beside_sdpa, speedup
 
@@ -217,4 +218,5 @@ PRESETS = {
         targets=FIGURES_TARGETS,
     ),
     **LINEAR_PRESETS,
+    **SPARSE_PRESETS,
 }

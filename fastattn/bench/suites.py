@@ -111,6 +111,10 @@ class Problem(Case):
         bias = [draw(1, self.heads, self.queries, self.seqlen)] if self.bias else []
         return query, key, value, *bias, grad_out
 
+    def keeps(self, rows: Tensor) -> Tensor | None:
+        """Which keys the rows see, (rows, seqlen) bool, where causal and window do not say it all."""
+        return None
+
     def judge(self, inputs: tuple[Tensor, ...]) -> Judge:
         from fastattn.bench.accuracy import DenseJudge
         from fastattn.bench.layer import LayerJudge

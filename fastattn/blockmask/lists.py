@@ -193,6 +193,16 @@ def entries_of(lists: Lists) -> Entries:
     return Entries(line // rows, line % rows, column, tile)
 
 
+def kept_share(lists: Lists, seqlen_q: int, seqlen_k: int) -> float:
+    """Of all (query, key) pairs, the share that is kept."""
+    entries, (block_q, block_k) = entries_of(lists), lists.block_size
+    pairs = unpack_bits(lists.tiles).flatten(1).sum(1)
+    of_full = (seqlen_q - entries.row * block_q).clamp(max=block_q) * block_k  # the last rows may be fewer
+    kept = torch.where(entries.tile == FULL, of_full, torch.cat([pairs, pairs.new_zeros(1)])[entries.tile]).sum()
+    batch, heads = lists.rows.shape[:2]
+    return int(kept) / max(batch * heads * seqlen_q * seqlen_k, 1)
+
+
 def to_dense(lists: Lists, queries: tuple[int, int], seqlen_k: int) -> Tensor:
     """The bool mask (B or 1, H or 1, queries, Sk) of queries first to last - 1."""
     (first, last), (block_q, block_k) = queries, lists.block_size

@@ -28,10 +28,10 @@ def bench(
         str | None,
         typer.Option(
             help="quickstart, quick, cpu, cpu-avx2, figures, gpu or gpu-dry; linear, mechanisms, approximation, "
-            "linear-gpu, mechanisms-gpu or linear-gpu-dry; instead of shapes"
+            "linear-gpu, mechanisms-gpu or linear-gpu-dry; sparse, sparse-gpu or sparse-gpu-dry; instead of shapes"
         ),
     ] = None,
-    family: Annotated[str, typer.Option(help="dense (softmax attention) or linear")] = "dense",
+    family: Annotated[str, typer.Option(help="dense (softmax attention), linear or sparse")] = "dense",
     mechanism: Annotated[
         str | None,
         typer.Option(
@@ -42,6 +42,15 @@ def bench(
     ] = None,
     width: Annotated[
         int | None, typer.Option(min=1, help="features of a Performer, keys of a Linformer, landmarks of Nystrom")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="of --family sparse, separated by commas: window, documents, bigbird, random", show_default="window"
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(min=0, max=1, help="share of the blocks that --pattern random keeps")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="the same as --preset quick")] = False,
     seqlen: Lengths = "512,1k,2k,4k",
@@ -58,7 +67,8 @@ def bench(
         str | None,
         typer.Option(
             help="naive, sdpa, sdpa:<torch backend>, fastattn, fastattn:<backend>, flex, a peer, a mechanism "
-            "(performer, performer:512); --family linear: naive, torch, fla, sdpa, flash, fastattn"
+            "(performer, performer:512); --family linear: naive, torch, fla, sdpa, flash, fastattn; "
+            "--family sparse: naive, sdpa, flex, dense, fastattn"
         ),
     ] = None,
     device: Device = "auto",
@@ -71,6 +81,7 @@ def bench(
     """Time, memory and error of naive attention, torch's SDPA and fastattn, side by side.
 
     With --family linear: of linear attention, beside its quadratic form, PyTorch's chunkwise one and softmax attention.
+    With --family sparse: of attention over a block mask, beside others given that mask and fastattn without it.
 
     `fastattn bench compare A.json B.json` compares two runs.
     """
@@ -96,7 +107,7 @@ def bench(
         else:
             masks = [kind for kind, wanted in ((False, full or both), (True, causal or both or not full)) if wanted]
             shape = {"heads": heads, "kv_heads": kv_heads or heads, "batch": batch}
-            bases = _bases(family, mechanism, width, shape)
+            bases = _bases(family, shape, mechanism=mechanism, width=width, pattern=pattern, density=density)
             problems = _problems(bases, seqlen, dtype, head_dim, masks, mode)
         console, progress_console = make_console(), make_console(stderr=True)
         chosen_family = family_of(problems[0])
@@ -148,23 +159,31 @@ def _start_with(environment: Mapping[str, str]) -> None:
         os.execve(sys.executable, [sys.executable, "-m", "fastattn.cli", *sys.argv[1:]], {**os.environ, **environment})
 
 
-def _bases(family: str, mechanism: str | None, width: int | None, shape: dict[str, Any]) -> list[Case]:
-    """A case of each mechanism that was named, of any length."""
+def _bases(family: str, shape: dict[str, Any], **options: Any) -> list[Case]:
+    """A case of each mechanism or pattern that was named, of any length."""
     from fastattn.bench.families import FAMILIES
     from fastattn.bench.linear.problem import MECHANISMS, LinearProblem
     from fastattn.bench.options import parse_names
+    from fastattn.bench.sparse.problem import PATTERNS, SparseProblem
     from fastattn.bench.suites import Problem
 
     if family not in FAMILIES:
         raise ValueError(f"family: no {family!r}; there are {', '.join(FAMILIES)}")
     if shape["heads"] % shape["kv_heads"]:
         raise ValueError(f"heads: must be a multiple of kv-heads, got {shape['heads']} and {shape['kv_heads']}")
+    for name, value in options.items():
+        wanted = "linear" if name in ("mechanism", "width") else "sparse"
+        if value is not None and family != wanted:
+            beside = "; beside softmax attention name it in --impl" if wanted == "linear" else ""
+            raise ValueError(f"{name}: goes with --family {wanted}{beside}")
     if family == "dense":
-        for name, value in (("mechanism", mechanism), ("width", width)):
-            if value is not None:
-                raise ValueError(f"{name}: goes with --family linear; beside softmax attention name it in --impl")
         return [Problem(0, **shape)]
-    names = parse_names(mechanism or "linear", "mechanism", tuple(MECHANISMS))
+    if family == "sparse":
+        names = parse_names(options["pattern"] or "window", "pattern", tuple(PATTERNS))
+        density = options["density"]
+        return [SparseProblem(0, **shape, pattern=n, density=density if n == "random" else None) for n in names]
+    names = parse_names(options["mechanism"] or "linear", "mechanism", tuple(MECHANISMS))
+    width = options["width"]
     return [LinearProblem(0, **shape, mechanism=n, width=width, causal=MECHANISMS[n].masks[0]) for n in names]
 
 

@@ -16,21 +16,26 @@ from typing import Any
 
 import torch
 
+from fastattn.blockmask.lists import kept_share
 from fastattn.dense.problem import Problem
 
 _COUNTER = "torch.utils.flop_counter"
 
 
 def _matmul_flops(args: tuple, products: tuple[str, ...]) -> int:
-    """FLOPs of the named (Sq, Sk) x head_dim products, over all keys as torch counts its own attention."""
+    """FLOPs of the named (Sq, Sk) x head_dim products, over all keys as torch counts its own attention; with a block
+    mask over the pairs that it keeps."""
     p = Problem(*args)
     batch, heads, seqlen_q, head_dim = p.query.shape
-    pairs = batch * seqlen_q * p.seqlen_k
+    pairs: float = batch * seqlen_q * p.seqlen_k
     if p.cu_seqlens_q is not None and p.cu_seqlens_q.device.type != "meta":
         assert p.cu_seqlens_k is not None
         pairs = int((p.cu_seqlens_q.diff() * p.cu_seqlens_k.diff()).sum())
+    lists = p.mask_lists
+    if lists is not None and lists.rows.device.type != "meta":
+        pairs *= kept_share(lists, p.max_seqlen_q, p.max_seqlen_k)
     width = {"query": head_dim, "value": p.value.shape[3]}
-    return sum(2 * heads * pairs * width[product] for product in products)
+    return int(sum(2 * heads * pairs * width[product] for product in products))
 
 
 def _forward_flops(*args: Any, out_val: Any = None, **_: Any) -> int:

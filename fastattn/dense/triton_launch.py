@@ -139,7 +139,7 @@ class Launch:
         return config.config(getattr(config, table), width, itemsize, compute_capability(self.query.device))
 
     def tiles(self, by: str, constants: dict[str, Any]) -> int:
-        """Tiles of rows, or of columns of keys: with a block mask whole blocks of them, since they come in its order."""
+        """Tiles of rows, or of keys for "columns": with a block mask whole blocks, since they come in its order."""
         length, block = (self.longest_q, "BLOCK_M") if by == "rows" else (self.longest_k, "BLOCK_N")
         lists = self.p.mask_lists
         if lists is None:

@@ -1,0 +1,1 @@
+"""Sparse attention in the benchmarks: masks by pattern and density, beside the dense kernel and who takes a mask."""
