@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -61,12 +61,8 @@ class SparseProblem(Problem):
     @property
     def flops(self) -> float:
         """Those of the pairs that are kept."""
-        dense = 4.0 * self.batch * self.heads * self.seqlen**2 * self.head_dim
-        return (
-            dense
-            * lists.kept_share(self.mask.lists, self.seqlen, self.seqlen)
-            * (3.5 if self.mode == "fwdbwd" else 1.0)
-        )
+        kept = lists.kept_share(self.mask.lists, self.seqlen, self.seqlen)
+        return replace(dense(self), causal=False).flops * kept
 
     @property
     def feature(self) -> str:
@@ -82,7 +78,7 @@ class SparseProblem(Problem):
         return lists.to_dense(self.mask.lists, (first, last), self.seqlen)[-1, -1, rows - first]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _mask(
     pattern: str, density: float | None, block: int, seqlen: int, causal: bool, device: torch.device
 ) -> BlockMask:
