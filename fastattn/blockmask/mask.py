@@ -155,8 +155,12 @@ class BlockMask:
         """The lists in the blocks that the kernels for this device, or of the backend of that name, take."""
         if self.device.type != "cpu" or backend == "triton" or self.block_size == CPU_BLOCK:
             return self.lists
-        if self._on_cpu_grid is None:
-            self._on_cpu_grid = lists.regrid(self.lists, self.grid, *CPU_BLOCK)
+        return self._bring_to_cpu_grid() if self._on_cpu_grid is None else self._on_cpu_grid
+
+    @torch.compiler.assume_constant_result
+    def _bring_to_cpu_grid(self) -> Lists:
+        # How many blocks that makes depends on values: compiled code has it done while it is compiled.
+        self._on_cpu_grid = lists.regrid(self.lists, self.grid, *CPU_BLOCK)
         return self._on_cpu_grid
 
     def __and__(self, other: BlockMask) -> BlockMask:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 import fastattn
 from fastattn import verify
 from fastattn.backends import capabilities
+from fastattn.blockmask import BlockMask
 
 DTYPES = {c.backend: c.dtypes for c in capabilities("dense")}
 SIDES = st.none() | st.integers(0, 12)
@@ -48,6 +51,10 @@ def attention_problems(draw: st.DrawFn) -> tuple[tuple[int, ...], dict, int]:
     if wanted["mask"]:
         full = (batch, kv_heads * group, q_len, k_len)
         wanted["mask_shape"] = tuple(n if draw(st.booleans()) else 1 for n in full)[draw(st.integers(0, 3)) :]
+    if draw(st.booleans()):
+        sizes = st.sampled_from([16, 32, 64])
+        wanted["blocks"] = (draw(sizes), draw(sizes))
+        wanted["blocks_shape"] = (*(n if draw(st.booleans()) else 1 for n in (batch, kv_heads * group)), q_len, k_len)
     return (batch, kv_heads, group, q_len, k_len, head_dim, value_dim), wanted, draw(st.integers(0, 2**31 - 1))
 
 
@@ -63,7 +70,17 @@ def _tensors(shape: tuple[int, ...], wanted: dict, seed: int) -> tuple[list[Tens
         normal(batch, kv_heads, k_len, head_dim),
         normal(batch, kv_heads, k_len, value_dim),
     ]
-    kwargs = {name: value for name, value in wanted.items() if name not in ("mask", "mask_shape")}
+    kwargs = {name: value for name, value in wanted.items() if not name.startswith(("mask", "blocks"))}
+    if "blocks" in wanted:
+        keep = torch.rand(wanted["blocks_shape"], generator=generator) < torch.rand((), generator=generator)
+        for first in range(0, q_len, 16):  # and whole blocks
+            keep[..., first : first + 16, : k_len // 2] |= (
+                torch.rand(keep.shape[:2], generator=generator)[..., None, None] < 0.3
+            )
+            keep[..., first : first + 16, k_len // 2 :] &= (
+                torch.rand(keep.shape[:2], generator=generator)[..., None, None] < 0.7
+            )
+        kwargs["blocks"] = keep, wanted["blocks"]
     if wanted["mask"] == "bool":
         kwargs["attn_mask"] = torch.rand(wanted["mask_shape"], generator=generator) < 0.6
     elif wanted["mask"]:
@@ -99,7 +116,7 @@ def _run(
 def _poisoned(qkv: list[Tensor], kwargs: dict, brute_force: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
     """NaN in every key and value that the interval of no row holds, found from the oracle's gradients."""
     q, k, v = qkv
-    interval = {n: t for n, t in kwargs.items() if n not in ("attn_mask", "scale")}
+    interval = {n: t for n, t in kwargs.items() if n not in ("attn_mask", "blocks", "scale")}
     value = torch.ones(*v.shape[:3], 1, dtype=torch.float64, requires_grad=True)
     out, _ = brute_force(torch.zeros_like(q), torch.zeros_like(k), value, **interval)
     if not out.requires_grad:
@@ -108,6 +125,26 @@ def _poisoned(qkv: list[Tensor], kwargs: dict, brute_force: Callable[..., tuple[
         (seen,) = torch.autograd.grad(out.sum(), value, allow_unused=True, materialize_grads=True)
     unseen = seen == 0
     return [q, k.masked_fill(unseen, math.nan), v.masked_fill(unseen, math.nan)]
+
+
+def _with_blocks(attention: Callable[..., tuple[Tensor, Tensor]], own: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`blocks` as what `attention` takes beside attn_mask: a BlockMask, or pairs left out of a plain mask."""
+
+    def attend(
+        *args: Tensor, blocks: tuple[Tensor, tuple[int, int]] | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        mask = options.pop("attn_mask", None)
+        if blocks is None:
+            return attention(*args, attn_mask=mask, **options)
+        keep, size = blocks
+        if own:
+            made = BlockMask.from_dense(keep, block_size=size)
+            return attention(*args, attn_mask=made if mask is None else (made, mask), **options)
+        if mask is not None:
+            keep = mask & keep if mask.dtype == torch.bool else mask.where(keep, -math.inf)
+        return attention(*args, attn_mask=keep, **options)
+
+    return attend
 
 
 @pytest.mark.parametrize("backend", verify.backends_on("cpu", own=True))
@@ -127,11 +164,8 @@ def test_mixtures(
     qkv = [t.to(dtype).double() for t in qkv]
     if kwargs.get("attn_mask") is not None and kwargs["attn_mask"].dtype != torch.bool:
         kwargs["attn_mask"] = kwargs["attn_mask"].to(dtype).double()
-    exact = _run(brute_force, qkv, kwargs, torch.float64, seed)
-
-    def attend(*args: Tensor, **options) -> tuple[Tensor, Tensor]:
-        return fastattn.attention(*args, return_lse=True, backend=backend, **options)
-
+    exact = _run(_with_blocks(brute_force, own=False), qkv, kwargs, torch.float64, seed)
+    attend = _with_blocks(partial(fastattn.attention, return_lse=True, backend=backend), own=True)
     found = _run(attend, _poisoned(qkv, kwargs, brute_force), kwargs, dtype, seed)
     # Scores reach |scale| * sqrt(D) * 9 or so and gradients sum 120 rows: 1e-4 is some hundred roundings of float32.
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
