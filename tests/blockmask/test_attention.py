@@ -22,7 +22,7 @@ def qkv(length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_compiled(block_size: int) -> None:
-    """Fails on a graph break or another result in compiled code, whether the mask is in the C++ kernels' grid or not."""
+    """Fails on a graph break or another result in compiled code, in the C++ kernels' grid or not."""
     torch.compiler.reset()
     mask = sliding_window(150, window=20, causal=True, block_size=block_size)
     leaves = qkv(150, torch.float32)
