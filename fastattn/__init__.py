@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastattn._version import __version__
+from fastattn.blockmask import BlockMask
 from fastattn.dense.api import attention, explain, merge_partials
 from fastattn.dense.kvcache import attention_with_kvcache
 from fastattn.dense.probabilities import attention_weights
@@ -14,7 +15,7 @@ from fastattn.dense.varlen import attention_varlen
 from fastattn.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from fastattn import maps
+    from fastattn import maps, sparse
     from fastattn.bench.profile import profile_model
     from fastattn.integrations.sdpa import activate, activated, deactivate, override_sdpa
     from fastattn.linear import (
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
         random_projection,
     )
     from fastattn.nn import replace_attention, restore_attention
+    from fastattn.sparse import lsh_attention, native_sparse_attention, topk_block_mask
 
 __all__ = [
+    "BlockMask",
     "UnsupportedError",
     "__version__",
     "activate",
@@ -43,8 +46,10 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "linformer_attention",
+    "lsh_attention",
     "maps",
     "merge_partials",
+    "native_sparse_attention",
     "nystrom_attention",
     "override_sdpa",
     "performer_attention",
@@ -53,6 +58,8 @@ __all__ = [
     "replace_attention",
     "restore_attention",
     "scaled_dot_product_attention",
+    "sparse",
+    "topk_block_mask",
 ]
 
 
@@ -65,6 +72,8 @@ _LAZY = {
     "linear_attention": "fastattn.linear",
     "linear_attention_step": "fastattn.linear",
     "linformer_attention": "fastattn.linear",
+    "lsh_attention": "fastattn.sparse",
+    "native_sparse_attention": "fastattn.sparse",
     "nystrom_attention": "fastattn.linear",
     "override_sdpa": "fastattn.integrations.sdpa",
     "performer_attention": "fastattn.linear",
@@ -72,12 +81,13 @@ _LAZY = {
     "random_projection": "fastattn.linear",
     "replace_attention": "fastattn.nn",
     "restore_attention": "fastattn.nn",
+    "topk_block_mask": "fastattn.sparse",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "maps":
-        return importlib.import_module("fastattn.maps")
+    if name in ("maps", "sparse"):
+        return importlib.import_module(f"fastattn.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastattn' has no attribute '{name}'")

@@ -319,12 +319,14 @@ class Backward {
     row_groups(groups, head.grad_out + base * value_ld_, value_ld_, steps_v_, t.value_turned + n * steps_v_,
                t.grad_probs);
     const int64_t last = tile_rows(interval, tile).end - 1;
+    const Range all{tile * tile_ + groups.begin, min64(tile * tile_ + groups.end, last + 1)};
+    const bool whole = contains(interval.common_keys(all), {panel.begin, panel.begin + kPanelKeys});
     for (int64_t i = groups.begin; i < groups.end; ++i) {
       const int64_t at = (i - groups.begin) * kPanelKeys;
       const int64_t row = min64(tile * tile_ + i, last);  // past the last one anything finite will do: there p is 0
       scores_.shape(t.scores + at, t.bias, scores_.capped() ? t.derivative + at : nullptr, b, h, row,
                     interval.position(row), panel.begin, kPanelKeys);
-      hide_outside(t.scores + at, panel.begin, kPanelKeys, interval.keys(row));
+      if (!whole) hide_outside(t.scores + at, panel.begin, kPanelKeys, interval.keys(row));
       if (bits != kFullBlock) hide_unset(t.scores + at, mask_.bits(bits, row - tile * tile_));
       if (dropout_.active()) {
         dropout_.draw(t.words, b, h, row, panel.begin, kPanelKeys);

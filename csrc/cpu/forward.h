@@ -194,11 +194,13 @@ class Forward {
   // Six rows against some panels.
   void attend_runs(const Tile& t, const Interval& interval, int64_t b, int64_t h, Range group, int64_t r,
                    const Runs& runs, const Elem* keys, const Elem* values) const {
+    const Range common = interval.common_keys(group);
     for (const auto* run = runs.run; run < runs.run + runs.count; ++run) {
       for (int64_t j = 0; j < run->width; j += kPanelKeys)
         row_product<A, kTileRows, false, false>(kPanelKeys, steps_qk_, t.query + r * steps_qk_, steps_qk_,
                                                 keys + (run->first + j) * steps_qk_, kPanelKeys, t.scores + run->at + j,
                                                 kBlock);
+      if (scores_.plain() && contains(common, {run->first, run->first + run->width})) continue;
       for (int64_t i = group.begin; i < group.end; ++i) {
         Real* scores = t.scores + (i - group.begin) * kBlock + run->at;
         scores_.shape(scores, t.bias, nullptr, b, h, i, interval.position(i), run->first, run->width);

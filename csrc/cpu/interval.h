@@ -15,6 +15,8 @@ struct Range {
   bool empty() const { return begin >= end; }
 };
 
+inline bool contains(Range outer, Range inner) { return outer.begin <= inner.begin && inner.end <= outer.end; }
+
 inline Range intersect(Range a, Range b) { return {max64(a.begin, b.begin), min64(a.end, b.end)}; }
 
 class Interval {
@@ -44,6 +46,9 @@ class Interval {
     const Range r = intersect(keys_, {rows.begin + lo_, rows.end - 1 + hi_});
     return r.empty() || rows.empty() ? Range{0, 0} : r;
   }
+
+  // The keys that every row in [rows.begin, rows.end) sees.
+  Range common_keys(Range rows) const { return intersect(keys(rows.begin), keys(rows.end - 1)); }
 
   // The keys that any row sees.
   Range all_keys() const { return keys(rows_); }

@@ -63,6 +63,9 @@ class Scores {
 
   bool capped() const { return capped_; }
 
+  // Whether products are scores but for `factor`.
+  bool plain() const { return plain_; }
+
   // What is left to multiply by: products are plain scores but for the scale, which the softmax takes along.
   Real factor() const { return plain_ ? scale2_ : Real(1); }
 

@@ -263,12 +263,18 @@ def allocate_forward(p: Problem) -> tuple[Tensor, Tensor]:
     return out, p.query.new_empty((batch, heads, seqlen), dtype=p.accumulate_dtype)
 
 
+def _empty_rows_like(tensor: Tensor) -> Tensor:
+    """Memory for a tensor's gradient, with its strides where these have the unit column stride that kernels rely on."""
+    rows = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return torch.empty_like(tensor, memory_format=torch.preserve_format if rows else torch.contiguous_format)
+
+
 def allocate_backward(p: Problem, mask_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, attn_mask and sinks; an empty tensor where one is not wanted."""
     return (
-        torch.empty_like(p.query),
-        torch.empty_like(p.key),
-        torch.empty_like(p.value),
+        _empty_rows_like(p.query),
+        _empty_rows_like(p.key),
+        _empty_rows_like(p.value),
         torch.empty_like(p.attn_mask) if mask_grad and p.attn_mask is not None else p.query.new_empty(0),
         torch.empty_like(p.sinks) if p.sinks is not None else p.query.new_empty(0),
     )

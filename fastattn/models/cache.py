@@ -27,6 +27,7 @@ from torch import Tensor
 from fastattn.dense.kvcache import attention_with_kvcache
 from fastattn.dense.naive import naive_attention
 from fastattn.models.transformer import ATTENTION, Transformer, TransformerConfig, apply_rotary
+from fastattn.nn.sparse_mixers import PatternMixer
 
 PAGE_SIZE = 64  # steps over pages of 16 measured up to a fifth slower on a CPU; larger ones bring little
 
@@ -121,11 +122,14 @@ class KVCache(Cache):
                 f"fastattn: model must have attention {' or '.join(map(repr, self.attentions))} for a "
                 f"{type(self).__name__}, got {config.attention!r}"
             )
-        if config.options is not None or not config.causal:
+        options = config.options
+        pattern = options is not None and issubclass(options.mixer, PatternMixer) and options.mixer.grows
+        if not (options is None or pattern) or not config.causal:
             raise ValueError(
-                "fastattn: model must be causal with mechanism 'flash' to have keys and values cached, got "
-                f"causal={config.causal}, mechanism={config.mechanism!r}"
+                "fastattn: model must be causal with mechanism 'flash' to have keys and values cached, or with window, "
+                f"longformer, strided or fixed, got causal={config.causal}, mechanism={config.mechanism!r}"
             )
+        self._mixers = [module for module in model.modules() if isinstance(module, PatternMixer)]  # of the layers
         for name, size in (("pages", pages), ("page_size", page_size), ("capacity", capacity)):
             if size < 1:
                 raise ValueError(f"fastattn: {name} must be at least 1, got {size}")
@@ -225,6 +229,10 @@ class KVCache(Cache):
             self._starts = torch.tensor(self.lengths, dtype=torch.int32, device=device)
             in_order = self._columns == 1 and all(pages == [b] for b, pages in enumerate(self._pages))
             self._block_table = None if in_order else self._table
+            self._pattern = None
+            if self._mixers:  # all of one pattern
+                held = self._columns * self.page_size
+                self._pattern = self._mixers[0].rows(self.lengths, seq_len, held, device)
 
     def attend(self, layer: int, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, x_BSE: Tensor) -> Tensor:
         if not self._prefill:
@@ -233,6 +241,8 @@ class KVCache(Cache):
         self.key[layer][self._target] = k_BSKD[self._source]
         self.value[layer][self._target] = v_BSKD[self._source]
         q_BHSD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSKD, v_BSKD))
+        if self._mixers:
+            return self._mixers[layer](q_BHSD, k_BKSD, v_BKSD, x_BSE, causal=True)
         return ATTENTION[self.config.attention](q_BHSD, k_BKSD, v_BKSD, True, self.config.window)
 
     def _step(self, layer: int, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
@@ -248,6 +258,7 @@ class KVCache(Cache):
             key_lengths=self._starts,
             block_table=self._block_table,
             rotary=(self._cos, self._sin),
+            attn_mask=self._pattern,
             causal=True,
             window=None if window is None else (window - 1, 0),
         )

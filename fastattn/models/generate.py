@@ -171,7 +171,8 @@ def _cache(model: Transformer, kind: Kind | Cache | None, lengths: list[int]) ->
             raise ValueError(f"fastattn: cache must have no sequences yet, got lengths {kind.lengths}")
         kind.check_room(lengths)
         return kind
-    if kind == "static" and model.config.options is not None:
+    options = model.config.options
+    if kind == "static" and options is not None and options.mixer.family == "linear":
         return StateCache(model)
     cls = KVCache if model.config.attention in KVCache.attentions else TorchCache
     if kind == "static":

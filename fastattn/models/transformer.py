@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from fastattn import attention as fast_attention
 from fastattn.dense.naive import naive_attention
 from fastattn.nn import mechanisms
-from fastattn.nn.mechanisms import Mechanism
-from fastattn.nn.mixers import Heads, Mixer
+from fastattn.nn.mixers import Heads, Mechanism, Mixer
 
 if TYPE_CHECKING:
     from fastattn.models.cache import Cache

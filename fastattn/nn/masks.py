@@ -57,6 +57,13 @@ def merge(attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype) 
     return mask if mask.dtype in (dtype, torch.float32) else mask.to(dtype)
 
 
+def present_keys(padding: Tensor | None) -> Tensor | None:
+    """The keys (N, S) that a key_padding_mask (N, S) or (S,) of any kind leaves, True for these."""
+    if padding is None:
+        return None
+    return torch.atleast_2d(~padding if padding.dtype == torch.bool else padding > float("-inf"))
+
+
 def kept_keys(padding: Tensor | None) -> Tensor | None:
     """A key_padding_mask (N, S) or (S,) as (N, S) bool, True keeps.
 

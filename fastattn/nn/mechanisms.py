@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
-
-import torch
+from typing import Any, Literal, get_args
 
 from fastattn.dense import arguments as check
 from fastattn.linear import features, lowrank
 from fastattn.linear.features import AnyFeatureMap
 from fastattn.nn import mixers
 from fastattn.nn.linformer import Kind, LinformerProjection, Share
-from fastattn.nn.mixers import Heads, Mixer
+from fastattn.nn.mixers import Mechanism
+from fastattn.nn.sparse_mechanisms import LSH, NSA, BigBird, Fixed, Longformer, Strided, TopK, Window
 
 Features = Literal["positive", "hyperbolic", "relu"]
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """The options of one mechanism, which make its mixer for a layer."""
-
-    mixer: ClassVar[type[Any]]  # a Mixer whose constructor takes these options
-
-    def build(
-        self, heads: Heads, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
-    ) -> Mixer:
-        return self.mixer(self, heads, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -184,7 +171,10 @@ class Nystrom(Mechanism):
             lowrank.positive("conv_kernel", self.conv_kernel)
 
 
-_OPTIONS: tuple[type[Mechanism], ...] = (Performer, Linformer, Nystrom, Linear, Retention, GLA, Delta)
+_OPTIONS: tuple[type[Mechanism], ...] = (
+    *(Performer, Linformer, Nystrom, Linear, Retention, GLA, Delta),
+    *(Window, Longformer, BigBird, Strided, Fixed, LSH, TopK, NSA),
+)
 #: The names that `mechanism=` knows. "flash" is softmax attention itself.
 NAMES = ("flash", *(options.mixer.name for options in _OPTIONS))
 

@@ -6,6 +6,7 @@ It holds what the mechanism needs beyond those projections: gates, norms, random
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -23,7 +24,7 @@ from fastattn.linear.state import LinearState
 from fastattn.nn.linformer import LinformerProjection
 
 if TYPE_CHECKING:
-    from fastattn.nn.mechanisms import GLA, Delta, Linear, Linformer, Mechanism, Nystrom, Performer
+    from fastattn.nn.mechanisms import GLA, Delta, Linear, Linformer, Nystrom, Performer
 
 
 class Heads(NamedTuple):
@@ -33,6 +34,18 @@ class Heads(NamedTuple):
     num_heads: int
     kv_heads: int
     head_dim: int
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The options of one mechanism, which make its mixer for a layer."""
+
+    mixer: ClassVar[type[Any]]  # a Mixer whose constructor takes these options
+
+    def build(
+        self, heads: Heads, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> Mixer:
+        return self.mixer(self, heads, device=device, dtype=dtype)
 
 
 class CallOptions(TypedDict, total=False):
@@ -177,7 +190,7 @@ class PerformerMixer(Mixer):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, x: Any, *, causal: bool, **options: Any) -> Any:
         # A state is a sum of features: what carries one keeps its directions.
-        if self.training and self.options.redraw_interval is not None and not _carries_state(options):
+        if self.training and self.options.redraw_interval is not None and not carries_state(options):
             self._count(self.options.redraw_interval)
         return performer_attention(
             query, key, value, projection=self.projection, causal=causal, features=self.options.features, **options
@@ -193,7 +206,7 @@ class LinearMixer(Mixer):
         self.feature_map = options.feature_map  # a module then belongs to this one
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, x: Any, *, causal: bool, **options: Any) -> Any:
-        if _carries_state(options) and isinstance(resolve(self.feature_map, 1), Cosformer):
+        if carries_state(options) and isinstance(resolve(self.feature_map, 1), Cosformer):
             raise ValueError("fastattn: feature_map must not be cosformer where a state is carried: it has positions")
         return linear_attention(
             query,
@@ -278,7 +291,7 @@ class DeltaMixer(Mixer):
         return delta_rule(_unit(query), _unit(key), value, beta, decay=decay, scale=1.0, **options)
 
 
-def _carries_state(options: dict[str, Any]) -> bool:
+def carries_state(options: dict[str, Any]) -> bool:
     return options.get("initial_state") is not None or bool(options.get("return_state"))
 
 

@@ -15,8 +15,8 @@ from fastattn.dense.op import attention_op
 from fastattn.dense.problem import Problem
 from fastattn.dense.weights import attention_weights
 from fastattn.nn import masks, mechanisms
-from fastattn.nn.mechanisms import Mechanism
-from fastattn.nn.mixers import Heads, Mixer
+from fastattn.nn.mixers import Heads, Mechanism, Mixer
+from fastattn.nn.sparse_mixers import MaskMixer
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -37,15 +37,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     projection weights are packed is told by `in_proj_weight is not None`.
 
     Another `mechanism` computes something else between the same projections: torch's state dict then loads with
-    strict=False, which leaves what the mechanism adds as it is. It has no attention weights, so the call needs
+    strict=False, which leaves what the mechanism adds as it is. "window", "longformer", "bigbird", "strided", "fixed"
+    and "topk" are softmax attention to some of the pairs, for query and key of one length: all of the above holds, and
+    `is_causal` also says which form of a pattern there is. The others have no attention weights, so the call needs
     need_weights=False (torch's own transformers pass it), no dropout, and no mask but `is_causal` and a
     key_padding_mask that hides keys.
 
     Args:
         backend: the backend to insist on, of `fastattn.attention` (with a mechanism of the linear family, of
             `fastattn.linear_attention`); None takes the first that supports a call.
-        mechanism: "flash", softmax attention; "performer", "nystrom", "linear", "retention", "gla", "delta"; or
-            options of a class in `fastattn.nn`, such as `Performer(num_features=128)` or `Linformer(512, 128)`.
+        mechanism: "flash", softmax attention; "performer", "nystrom", "linear", "retention", "gla", "delta"; "window",
+            "longformer", "bigbird", "strided", "fixed", "lsh", "topk", "nsa"; or options of a class in `fastattn.nn`,
+            such as `Performer(num_features=128)` or `Linformer(512, 128)`.
 
     The other arguments are torch's.
 
@@ -53,8 +56,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         mixer: the mechanism's module; None for "flash".
 
     Raises:
-        TypeError, ValueError: embed_dim and num_heads that are not positive; unknown backend or mechanism; dropout,
-            add_bias_kv or add_zero_attn with a mechanism other than "flash".
+        TypeError, ValueError: embed_dim and num_heads that are not positive; unknown backend or mechanism; add_bias_kv
+            or add_zero_attn with a mechanism other than "flash"; dropout with one that has no attention weights.
     """
 
     mixer: Mixer | None
@@ -78,8 +81,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> None:
         options = checked_mechanism(mechanism, backend)
         if options is not None:
+            weights = issubclass(options.mixer, MaskMixer)
             for name, given in (("dropout", dropout), ("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
-                if given:
+                if given and not (weights and name == "dropout"):
                     raise ValueError(f"fastattn: {name} must be off with {options.mixer.name}, got {given}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
@@ -142,12 +146,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if key_padding_mask is not None or attn_mask is not None:
                 raise ValueError("fastattn: nested inputs carry their lengths; pass no key_padding_mask or attn_mask")
             if self.mixer is not None:
-                return self._mixed_nested(query, key, value, need_weights, is_causal), None
+                return self._padded_nested(query, key, value, need_weights, average_attn_weights, is_causal)
             return self._forward_nested(query, key, value, need_weights, average_attn_weights, is_causal)
         self._check_shapes(query, key, value, key_padding_mask, attn_mask)
-        if self.mixer is not None:
-            self._check_mixed(self.mixer, need_weights, attn_mask, is_causal)
-            return self._mixed(self.mixer, query, key, value, masks.kept_keys(key_padding_mask), is_causal), None
+        mixer = self.mixer
+        if mixer is not None and not isinstance(mixer, MaskMixer):
+            self._check_mixed(mixer, need_weights, attn_mask, is_causal)
+            return self._mixed(mixer, query, key, value, masks.kept_keys(key_padding_mask), is_causal), None
+        pattern_causal = bool(is_causal)
         if is_causal and not need_weights:
             attn_mask = None
         elif attn_mask is not None:
@@ -161,7 +167,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             masks.in_four_dims(key_padding_mask, None, learned),
             q_NHLD.dtype,
         )
-        problem = self._problem(q_NHLD, k_NHSD, v_NHSD, shape, is_causal, learned, attn_mask=mask)
+        options: dict[str, Any] = {"attn_mask": mask}
+        if mixer is not None:
+            present = masks.present_keys(key_padding_mask)
+            blocks = mixer.block_mask(q_NHLD, k_NHSD, causal=pattern_causal, key_mask=present)
+            options["attn_mask"] = blocks if mask is None else (blocks, mask)
+            is_causal = False  # which is in the blocks
+        problem = self._problem(q_NHLD, k_NHSD, v_NHSD, shape, is_causal, learned, **options)
         out_NHLD, lse_NHL = attention_op(problem, need_weights)
         batched = query.dim() == 3
         out = self._merge_heads(out_NHLD, batched)
@@ -236,16 +248,21 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out_NHLD = mixer(*heads, x_NLE, causal=bool(is_causal), key_mask=key_mask, backend=self.backend)
         return self._merge_heads(out_NHLD, query.dim() == 3)
 
-    def _mixed_nested(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, is_causal: bool) -> Tensor:
+    def _padded_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool, causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Nested inputs through a mixer, padded."""
-        assert self.mixer is not None
-        self._check_mixed(self.mixer, need_weights, None, is_causal)
         lengths = self._nested_lengths(query, key, value)
+        if isinstance(self.mixer, MaskMixer):
+            self.mixer.check_lengths(*lengths)
         padded = {id(x): x.to_padded_tensor(0.0) for x in (query, key, value)}
         query, key, value = (padded[id(x)] for x in (query, key, value))
-        key_mask = torch.arange(key.shape[1], device=key.device) < torch.tensor(lengths[1], device=key.device)[:, None]
-        out = self._mixed(self.mixer, query, key, value, key_mask, is_causal)
-        return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths[0], strict=True)])
+        hidden = torch.arange(key.shape[1], device=key.device) >= torch.tensor(lengths[1], device=key.device)[:, None]
+        out, weights = self.forward(query, key, value, hidden, need_weights, None, average_attn_weights, causal)
+        if weights is not None:  # with lengths that are those of the keys
+            weights = weights.masked_fill(hidden[..., None] if average_attn_weights else hidden[:, None, :, None], 0.0)
+        rows = [row[:length] for row, length in zip(out, lengths[0], strict=True)]
+        return torch.nested.as_nested_tensor(rows), weights
 
     def _check_mixed(self, mixer: Mixer, need_weights: bool, attn_mask: Tensor | None, is_causal: bool) -> None:
         if need_weights:
@@ -355,6 +372,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f"fastattn: query and key must have the same batch size, got {tuple(query.shape)} and "
                 f"{tuple(key.shape)} with batch_first={self.batch_first}"
             )
+        if isinstance(self.mixer, MaskMixer):
+            self.mixer.check_lengths(length_q, length_k)
         padding = (length_k,) if dims == 2 else (batch, length_k)
         masks.check("key_padding_mask", key_padding_mask, (padding,))
         masks.check("attn_mask", attn_mask, ((length_q, length_k), (batch * self.num_heads, length_q, length_k)))

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import nn
 
-from fastattn.nn.mechanisms import Mechanism
+from fastattn.nn.mixers import Mechanism
 from fastattn.nn.multihead_attention import MultiheadAttention, checked_mechanism
+from fastattn.nn.sparse_mixers import MaskMixer
 
 Status = Literal["replaced", "restored", "skipped"]
 
@@ -70,8 +71,9 @@ def replace_attention(model: nn.Module, *, backend: str | None = None, mechanism
     replaced once. A compiled model compiles anew at its next call. `restore_attention` undoes it.
 
     With another mechanism than "flash" the model computes something else. Parameters that the mechanism adds are new:
-    give them to the optimizer, and train. Dropout on attention weights has no counterpart: a call in training mode
-    raises until the layer's `dropout` is 0.0.
+    give them to the optimizer, and train. Where a mechanism has no attention weights to drop, a call in training mode
+    raises until the layer's `dropout` is 0.0. Sparse mechanisms are for self-attention: cross-attention between other
+    lengths raises in the call.
 
     Args:
         model: any module; changed in place.
@@ -101,7 +103,8 @@ def replace_attention(model: nn.Module, *, backend: str | None = None, mechanism
             layer = cast(MultiheadAttention, module)
             layer._set_mechanism(options, backend)
             layer._qkv_same_embed_dim = False
-            dropout = "" if options is None or not layer.dropout else "; set its dropout to 0.0 to train"
+            softmax = layer.mixer is None or isinstance(layer.mixer, MaskMixer)
+            dropout = "" if softmax or not layer.dropout else "; set its dropout to 0.0 to train"
             layers.append(LayerReport(name, "replaced", _setting(layer) + dropout))
     return Report(layers)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 Mask = Literal["bool", "bias", "bias_float32"]
 Fill = Literal["random", "empty_rows", "neg_inf", "finite_mask"]
-Layout = Literal["bhsd", "bshd", "packed_qkv", "sliced", "expanded"]
+Layout = Literal["bhsd", "bshd", "bhds", "packed_qkv", "sliced", "expanded"]
 Blocks = Literal["random", "band", "global", "empty_rows", "none"]
 Window = tuple[int | None, int | None]
 
@@ -263,6 +263,7 @@ _NUMBERS = [
 
 _LAYOUTS = [
     Case("layout_bshd", layout="bshd", causal=True),
+    Case("layout_bhds", layout="bhds", k_len=70),
     Case("layout_packed_qkv", layout="packed_qkv"),
     Case("layout_sliced", layout="sliced", head_dim=33, k_len=70),
     Case("layout_expanded", layout="expanded", k_len=70, mask="bias", mask_shape="BHQK"),

@@ -219,6 +219,12 @@ def lay_out(case: Case, inputs: Inputs) -> Inputs:
             return t.transpose(1, 2).contiguous().transpose(1, 2)
 
         return replace(inputs, query=bshd(inputs.query), key=bshd(inputs.key), value=bshd(inputs.value))
+    if case.layout == "bhds":  # columns apart
+
+        def bhds(t: Tensor) -> Tensor:
+            return t.mT.contiguous().mT
+
+        return replace(inputs, query=bhds(inputs.query), key=bhds(inputs.key), value=bhds(inputs.value))
     if case.layout == "packed_qkv":
         qkv_BS3HD = torch.stack([t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value)], 2)
         query, key, value = (qkv_BS3HD[:, :, n].transpose(1, 2) for n in range(3))
