@@ -17,7 +17,7 @@ from fastattn.nn.mixers import Mixer
 class StateCache(Cache):
     """One `LinearState` a layer: its size, and a token's time, do not grow with the tokens that there were.
 
-    For a causal model of any mechanism but "flash". It takes its sequences from the first tokens that the model is
+    For a causal model of a linear mechanism. It takes its sequences from the first tokens that the model is
     called with. What a state has taken in it cannot forget, so there is no `crop`.
 
     Attributes:
@@ -26,9 +26,9 @@ class StateCache(Cache):
 
     def __init__(self, model: Transformer) -> None:
         config = model.config
-        if config.options is None or not config.causal:
+        if config.options is None or config.options.mixer.family != "linear" or not config.causal:
             raise ValueError(
-                "fastattn: model must be causal with another mechanism than 'flash' to have a state, got "
+                "fastattn: model must be causal with a linear mechanism to have a state, got "
                 f"causal={config.causal}, mechanism={config.mechanism!r}"
             )
         self.config = config

@@ -120,7 +120,7 @@ def test_errors() -> None:
     flash, linear = build("flash"), build("linear")
     encoder = Transformer(TransformerConfig(causal=False))
     for model in (flash, encoder):
-        with pytest.raises(ValueError, match="model must be causal with another mechanism than 'flash'"):
+        with pytest.raises(ValueError, match="model must be causal with a linear mechanism"):
             StateCache(model)
     for model in (linear, encoder):
         with pytest.raises(ValueError, match="model must be causal with mechanism 'flash' to have keys and values"):
