@@ -30,18 +30,10 @@ rate = Measure("of the dense rate", _beside_dense(lambda row: row.gflops))
 thrift = Measure("x less memory than dense", _beside_dense(lambda row: 1 / row.extra_mib if row.extra_mib else None))
 
 
-def _by_density(base: SparseProblem, seqlen: int, densities: Sequence[float], dtypes: Sequence[str]) -> list[Any]:
-    """Random blocks; the forward in every dtype, both passes in the first."""
-    return [
-        p
-        for mode in BOTH
-        for dtype in (dtypes if mode == "fwd" else dtypes[:1])
-        for density in densities
-        for p in grid(
-            replace(base, pattern="random", density=density), (seqlen,), head_dims=(base.head_dim,), dtypes=(dtype,),
-            causal=(False,), modes=(mode,),
-        )
-    ]  # fmt: skip
+def _by_density(base: SparseProblem, seqlen: int, densities: Sequence[float], dtype: str, mode: str) -> list[Any]:
+    """Random blocks."""
+    plain = replace(base, seqlen=seqlen, pattern="random", density=1.0, dtype=dtype, mode=mode)
+    return [replace(plain, density=density) for density in densities]
 
 
 def _by_pattern(base: SparseProblem, seqlens: Sequence[int], patterns: Sequence[str]) -> list[Any]:
@@ -81,11 +73,12 @@ NAMED = ("window", "documents", "bigbird")
 SPARSE_PRESETS = {
     "sparse": Preset(
         lambda: [
-            *_by_density(PLAIN, 8192, DENSITIES, ("float32", "bfloat16")),
+            *_by_density(PLAIN, 8192, DENSITIES, "float32", "fwd"),
+            *_by_density(PLAIN, 8192, (0.03, 0.25, 1.0), "bfloat16", "fwd"),
+            *_by_density(PLAIN, 8192, (0.03, 0.12, 0.25), "float32", "fwdbwd"),
             *_by_pattern(PLAIN, (2048, 8192), NAMED),
-            *_by_pattern(PLAIN, (32768,), ("window", "bigbird")),
         ],
-        420.0,
+        600.0,
         "sparse attention on a CPU: random blocks by density, then patterns by length, beside the dense kernel",
         implementations=("sdpa", "flex", "dense", "fastattn"),
         subjects={
@@ -96,14 +89,20 @@ SPARSE_PRESETS = {
         targets=TARGETS,
     ),
     "sparse-gpu": Preset(
-        lambda: [*_by_density(WIDE, 16384, (0.05, *DENSITIES[2:]), ("bfloat16",)), *_by_pattern(WIDE, (16384,), NAMED)],
+        lambda: [
+            *(p for mode in BOTH for p in _by_density(WIDE, 16384, (0.05, *DENSITIES[2:]), "bfloat16", mode)),
+            *_by_pattern(WIDE, (16384,), NAMED),
+        ],
         240.0,
         "sparse attention on a GPU in bfloat16: random blocks by density, then patterns, beside flex_attention",
         implementations=("sdpa", "flex", "dense", "fastattn"),
         targets=GPU_TARGETS,
     ),
     "sparse-gpu-dry": Preset(
-        lambda: _by_density(replace(PLAIN, block=32), 256, (0.25,), ("float32",)) + _by_pattern(PLAIN, (256,), NAMED),
+        lambda: [
+            *_by_density(replace(PLAIN, block=32), 256, (0.25,), "float32", "fwd"),
+            *_by_pattern(PLAIN, (256,), NAMED),
+        ],
         20.0,
         "the same kinds of call in a few seconds on a CPU, to try the code that measures them",
         implementations=("naive", "sdpa", "dense", "fastattn"),

@@ -113,7 +113,7 @@ def _same_document(p: SparseProblem, mask: BlockMask) -> Rule:
 
 def _listed(p: SparseProblem, mask: BlockMask) -> Rule:
     """Of patterns that keep whole blocks."""
-    first = mask.to_dense()[0, 0, :: p.block, :: p.block]
+    first = mask.to_dense()[0, 0, :: p.block, :: p.block].contiguous()
     return lambda b, h, i, j: first[i // p.block, j // p.block] & ((i >= j) | (not p.causal))
 
 
