@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fastattn import ledger
+from fastattn import _extension, ledger
 from fastattn.backends import FAMILIES, FEATURES, capabilities
+from fastattn.verify import kernel_digests
 
 # Every kernel that csrc/CMakeLists.txt can build of a family, and Triton's, with what they need.
 KERNELS = {
@@ -39,11 +40,19 @@ def table(family: str) -> str:
 
 
 def hardware() -> str:
-    """Which kernels the ledger holds a passing record of."""
+    """Which kernels the ledger holds a passing record of, and whether it is of their present source."""
+    builds = _extension.native().build_info()["digests"]  # of every instruction set, whatever this machine has
+    present = kernel_digests("cuda") | {f"{family}/cpu/{isa}": d for family in FAMILIES for isa, d in builds.items()}
     lines = ["| kernel | needs | verified on |", "| --- | --- | --- |"]
     for kernel, needs in ((f"{family}/{name}", needs) for family in FAMILIES for name, needs in KERNELS.items()):
         records = [record for record in ledger.load_records() if kernel in record["kernels"]]
-        devices = ", ".join(sorted(f"{r['device']['name']} ({r['recorded'][:10]})" for r in records))
+        stale = {r["recorded"] for r in records if present.get(kernel, r["kernels"][kernel]) != r["kernels"][kernel]}
+        devices = ", ".join(
+            sorted(
+                f"{r['device']['name']} ({r['recorded'][:10]}{', its source then' * (r['recorded'] in stale)})"
+                for r in records
+            )
+        )
         lines.append(f"| `{kernel}` | {needs} | {devices or 'not verified on hardware'} |")
     return "\n".join(lines) + "\n"
 
