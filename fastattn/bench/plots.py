@@ -48,6 +48,7 @@ NAMES = {
     "naive": "naive attention",
     "sdpa": "torch SDPA",
     "flex": "compiled flex_attention",
+    "dense": "fastattn, dense",
     "fastattn": "fastattn",
     "performer": "Performer",
     "linear": "linear attention",

@@ -63,7 +63,7 @@ def plot_density(rows: Sequence[Row], title: str) -> Figure:
         axes.set_xlabel("blocks kept, %")
         axes.set_title(f"{MODE_NAMES[kind[0]]}, {kind[1]}, {kind[2] // 1024}k")
     panels[0].set_ylabel("milliseconds")
-    words = {**NAMES, "dense": "fastattn, dense", "sdpa": "torch SDPA, given the mask"}
+    words = {**NAMES, "sdpa": "torch SDPA, given the mask"}
     legend(figure, {words.get(name, name): line for name, line in drawn.items()}, title)
     return figure
 
