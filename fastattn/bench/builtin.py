@@ -11,9 +11,11 @@ from fastattn.bench.case import DTYPES
 from fastattn.bench.subject import Kind, Step, Subject
 from fastattn.bench.suites import Problem, implementation
 
-# Softmax attention, then what `mechanism=` of fastattn's layer puts in its place.
-STAND_INS = ("performer", "linformer", "nystrom", "linear", "retention", "gla", "delta")
-IMPLEMENTATIONS = ("naive", "sdpa", "fastattn", *STAND_INS)
+# Softmax attention, and what `mechanism=` of fastattn's layer puts in its place; only what is linear is a call as well.
+LINEAR = ("performer", "linformer", "nystrom", "linear", "retention", "gla", "delta")
+SPARSE = ("window", "longformer", "bigbird", "strided", "fixed", "lsh", "topk", "nsa")
+STAND_INS = (*LINEAR, *SPARSE)
+SOFTMAX = ("naive", "sdpa", "fastattn")
 LINFORMER_KEYS = 256
 DEFAULT = ("naive", "fastattn")
 
@@ -133,12 +135,12 @@ def _title(subject: Subject, what: str, causal: bool, detail: str = "") -> str:
 
 
 KINDS = {
-    "op": Kind(IMPLEMENTATIONS, DEFAULT, build_op, lambda s: _title(s, "attention call", s.shape.causal)),
+    "op": Kind((*SOFTMAX, *LINEAR), DEFAULT, build_op, lambda s: _title(s, "attention call", s.shape.causal)),
     "layer": Kind(
-        IMPLEMENTATIONS, DEFAULT, build_layer, lambda s: _title(s, "multi-head attention layer", s.shape.causal)
+        (*SOFTMAX, *STAND_INS), DEFAULT, build_layer, lambda s: _title(s, "multi-head attention layer", s.shape.causal)
     ),
     "lm": Kind(
-        IMPLEMENTATIONS,
+        (*SOFTMAX, *STAND_INS),
         DEFAULT,
         build_lm,
         lambda s: _title(s, "language model", True, f", {s.shape.layers} layers"),

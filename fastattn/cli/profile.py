@@ -34,7 +34,8 @@ def profile(
         str | None,
         typer.Option(
             help="what stands in for softmax attention, beside it: performer, linear, retention, gla, delta; with "
-            "--full performer, linear, linformer, nystrom"
+            "--full performer, linear, linformer, nystrom; of a layer or lm also window, longformer, bigbird, strided, "
+            "fixed, lsh, topk, nsa"
         ),
     ] = None,
     mode: Annotated[str, typer.Option(help="fwdbwd (a training step) or fwd (inference)")] = "fwdbwd",
