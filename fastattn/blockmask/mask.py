@@ -157,11 +157,13 @@ class BlockMask:
             return self.lists
         return self._bring_to_cpu_grid() if self._on_cpu_grid is None else self._on_cpu_grid
 
-    @torch.compiler.assume_constant_result
     def _bring_to_cpu_grid(self) -> Lists:
-        # How many blocks that makes depends on values: compiled code has it done while it is compiled.
         self._on_cpu_grid = lists.regrid(self.lists, self.grid, *CPU_BLOCK)
         return self._on_cpu_grid
+
+    # How many blocks that makes depends on values: compiled code has it done while it is compiled. This is what
+    # torch.compiler.assume_constant_result sets, which would import the compiler, and Triton with it.
+    _bring_to_cpu_grid._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def __and__(self, other: BlockMask) -> BlockMask:
         """Pairs that both keep. Axes of size 1 broadcast; blocks are of the left one's size."""

@@ -421,7 +421,7 @@ def test_the_commands_know_the_family(tmp_path):
     assert [row.implementation for row in Results.read_json(path).rows] == ["sdpa", "fastattn", "performer:16"] * 2
     for wrong, message in (
         (("--mechanism", "gla"), "--family linear"),
-        (("--family", "sparse"), "dense, linear"),
+        (("--family", "conv"), "dense, linear, sparse"),
         (("--family", "linear", "--mechanism", "softmax"), "there are linear"),
         (("--family", "linear", "--mechanism", "nystrom"), "nystrom is not causal"),
         (("--family", "linear", "--impl", "flex"), "no implementation 'flex'"),

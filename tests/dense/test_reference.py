@@ -46,7 +46,9 @@ def test_token_by_token(case: Case, brute_force: Brute, seed: int) -> None:
     inputs = make_inputs(case, torch.float64, "cpu", seed)
     wanted = options(case, inputs)
     wanted.pop("return_lse", None), wanted.pop("deterministic", None)
-    out, lse = brute_force(inputs.query, inputs.key, inputs.value, **wanted)
+    mask = wanted.get("attn_mask")
+    plain = {"attn_mask": mask.to_dense()} if isinstance(mask, fastattn.BlockMask) else {}
+    out, lse = brute_force(inputs.query, inputs.key, inputs.value, **wanted | plain)
     found_out, found_lse = attend(inputs.query, inputs.key, inputs.value, **wanted)
     torch.testing.assert_close(found_out, out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found_lse, lse, rtol=1e-12, atol=1e-12)

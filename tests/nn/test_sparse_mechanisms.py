@@ -602,10 +602,11 @@ def test_call_errors() -> None:
         TransformerConfig(causal=False, mechanism="nsa")
     with pytest.raises(ValueError, match="attention must be 'fastattn' with mechanism 'window', got 'sdpa'"):
         TransformerConfig(attention="sdpa", mechanism="window")
-    model = model_of("window").requires_grad_(False)
-    state = StateCache(model)
-    with torch.no_grad(), pytest.raises(ValueError, match="initial_state and return_state must be off with window"):
-        model(torch.tensor([[1, 2]]), cache=state)
+    with pytest.raises(ValueError, match=r"with a linear mechanism to have a state, got .*'window'"):
+        StateCache(model_of("window"))
+    q = torch.randn(1, 2, 6, 4)
+    with pytest.raises(ValueError, match="initial_state and return_state must be off with window"):
+        build(Window(2)).mixer(q, q, q, None, causal=True, return_state=True)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
