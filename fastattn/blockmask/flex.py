@@ -34,15 +34,6 @@ def shape_of(block_mask: BlockMask) -> tuple[int, int, int, int]:
     return shape
 
 
-def check_shape(shape: tuple[int, ...], wanted: tuple[int, int, int, int]) -> None:
-    """Raise ValueError where a mask of a shape is not for a call with (B, Hq, Sq, Sk) = wanted."""
-    if shape[2:] != wanted[2:] or any(m not in (1, s) for m, s in zip(shape[:2], wanted, strict=False)):
-        raise ValueError(
-            f"fastattn: attn_mask, a BlockMask, must be made for (B, Hq, Sq, Sk) = {tuple(wanted)} "
-            f"(1 for B or Hq too), got one for {tuple(shape)}"
-        )
-
-
 def entries_of(block_mask: BlockMask) -> tuple[Entries, Tensor]:
     """The kept blocks. Full blocks do not ask its rule, and what is listed past the counts may be anything."""
     grid = Grid(*shape_of(block_mask), *block_mask.BLOCK_SIZE)

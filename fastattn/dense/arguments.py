@@ -184,7 +184,7 @@ def attn_mask(
             f"fastattn: attn_mask must be a torch.Tensor, a BlockMask or a pair (BlockMask, torch.Tensor), got {found}"
         )
     mask = _mask_tensor(tensor, shape, like)
-    flex.check_shape(tuple(blocks.shape), shape)
+    _block_mask_shape(tuple(blocks.shape), shape)
     if not isinstance(blocks, BlockMask):
         own = of_flex(blocks)
         if own is None:
@@ -196,6 +196,15 @@ def attn_mask(
     if blocks.device != like.device:
         raise ValueError(f"fastattn: attn_mask must be on query's device {like.device}, got {blocks.device}")
     return mask, blocks.kernel_lists(backend)
+
+
+def _block_mask_shape(shape: tuple[int, ...], wanted: tuple[int, int, int, int]) -> None:
+    """Raise ValueError where a mask of a shape is not for a call with (B, Hq, Sq, Sk) = wanted."""
+    if shape[2:] != wanted[2:] or any(m not in (1, s) for m, s in zip(shape[:2], wanted, strict=False)):
+        raise ValueError(
+            f"fastattn: attn_mask, a BlockMask, must be made for (B, Hq, Sq, Sk) = {tuple(wanted)} "
+            f"(1 for B or Hq too), got one for {tuple(shape)}"
+        )
 
 
 def _mask_tensor(value: Tensor | None, shape: tuple[int, int, int, int], like: Tensor) -> Tensor | None:

@@ -275,8 +275,7 @@ def test_grouped_query_heads(name: str, causal: bool) -> None:
 
 @pytest.mark.parametrize(("name", "causal"), CASES)
 def test_low_precision_and_autocast(name: str, causal: bool) -> None:
-    """Fails if a layer in bfloat16, or under autocast, has another dtype or is far from float64 (gates and decays in
-    bfloat16 alone would be: they are exponents).
+    """Fails if a layer in bfloat16, or under autocast, has another dtype or is far from float64.
 
     By the median over tokens: where an output is normalised, a rounding turns round one that was nearly zero before.
     """
@@ -289,7 +288,7 @@ def test_low_precision_and_autocast(name: str, causal: bool) -> None:
     cast.sum().backward()
     for out in (found, cast):
         assert out.dtype == torch.bfloat16
-        assert (out.double() - truth).norm(dim=-1).median() <= 0.05 * truth.norm(dim=-1).median()
+        assert (out.double() - truth).norm(dim=-1).median() <= 0.03 * truth.norm(dim=-1).median()
 
 
 def test_learned_feature_map_belongs_to_the_layer() -> None:
